@@ -1,0 +1,33 @@
+"""A frozen weight that is a plain matrix in bf16, fp16 or fp32."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F  # noqa: N812 -- its name everywhere
+from torch import Tensor, nn
+
+from lorafit.frozen.weight import FrozenWeight
+
+_NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+
+
+class DenseWeight(FrozenWeight):
+    """W (O, I) as one tensor, which may lie in a mapped file; products run in the input's dtype."""
+
+    def __init__(self, weight_OI: Tensor, source_format: str | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        self.format = _NAMES[str(weight_OI.dtype)]
+        self.source_format = source_format or self.format.upper()
+        self.matrix = nn.Parameter(weight_OI, requires_grad=False)
+
+    def rows(self, start: int, stop: int, out: Tensor) -> Tensor:
+        return out.copy_(self.matrix[start:stop])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix.to(x.dtype))
+
+    def backward_input(self, grad: Tensor) -> Tensor:
+        return grad @ self.matrix.to(grad.dtype)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.matrix)

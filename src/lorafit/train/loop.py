@@ -1,0 +1,164 @@
+"""The training loop: steps, evaluations, checkpoints, and nothing that depends on how long anything took."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lorafit.adapter.attach import adapted_layers
+from lorafit.config import TrainConfig
+from lorafit.data.batch import Tokens, pack_rows
+from lorafit.data.order import order
+from lorafit.errors import Interrupted
+from lorafit.train.checkpoint import Checkpoint, Checkpoints, Progress
+from lorafit.train.finite import blame
+from lorafit.train.loss import Head
+from lorafit.train.metrics import Metrics
+from lorafit.train.optim import clip_gradient, load_optimizer_tensors, lr_at, make_optimizer, optimizer_tensors
+from lorafit.train.step import accumulate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the settings and the data decide before step 1."""
+
+    steps: int
+    steps_per_epoch: int
+    batch_size: int
+    eval_every: int
+    save_every: int
+    lr: float
+    checkpointing: bool
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal handler: finish the step, save, leave. `signal_number` 0 = go on."""
+
+    signal_number: int = 0
+
+
+@dataclass
+class Run:
+    """Everything that the loop needs. `evaluate` gives the held-out loss; `report` hears of each metrics line."""
+
+    config: TrainConfig
+    plan: Plan
+    model: nn.Module
+    head: Head
+    rows: Sequence[Tokens]
+    checkpoints: Checkpoints
+    metrics: Metrics
+    identity: dict[str, object]
+    evaluate: Callable[[], float] | None
+    report: Callable[[dict[str, object]], None]
+    memory: Callable[[], int]
+    stop: StopRequest = field(default_factory=StopRequest)
+    save_seconds: float = 0.0
+
+
+def step_rows(seed: int, step: int, rows: int, batch_size: int) -> list[int]:
+    """Row numbers of optimizer step `step` (from 1): a pure function of its arguments. The last batch of an epoch
+    may be smaller; batches never reach over an epoch's end."""
+    per_epoch = math.ceil(rows / batch_size)
+    epoch, place = divmod(step - 1, per_epoch)
+    return [int(n) for n in order(seed, epoch, rows)[place * batch_size : (place + 1) * batch_size]]
+
+
+def fit(run: Run, start: Checkpoint | None) -> Progress:
+    """Train from `start` (None: from step 0) to the end, or until patience or a signal ends it.
+
+    Raises NonFiniteError within the step in which a NaN or infinity appears, before any weight has changed by it;
+    Interrupted after a signal, when the checkpoint is on disk.
+    """
+    layers = dict(adapted_layers(run.model))
+    named = {f"{path}.{part}": getattr(layer.adapter, part) for path, layer in layers.items() for part in ("A", "B")}
+    optimizer = make_optimizer(named.values(), run.config.weight_decay)
+    progress = Progress()
+    if start is not None:
+        progress = start.progress
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(start.adapter[name])
+        load_optimizer_tensors(optimizer, named, start.optimizer)
+    run.model.train()
+    while progress.step < run.plan.steps and not progress.finished:
+        step = progress.step + 1
+        _train_step(run, optimizer, named, step)
+        progress = dataclasses.replace(progress, step=step)
+        last = step == run.plan.steps
+        if run.evaluate is not None and (last or step % run.plan.eval_every == 0):
+            progress = _evaluate(run, run.evaluate, progress)
+        progress = dataclasses.replace(progress, finished=progress.finished or last)
+        if progress.finished or step % run.plan.save_every == 0 or run.stop.signal_number or progress.best_step == step:
+            _save(run, progress, named, optimizer)
+        if run.stop.signal_number and not progress.finished:
+            out = run.checkpoints.folder.parent
+            what = f"stopped by signal {run.stop.signal_number} after step {step}, checkpoint written"
+            raise Interrupted(str(out), what, f"go on with: lorafit train --resume {out}", run.stop.signal_number)
+    run.model.eval()
+    return progress
+
+
+def _train_step(run: Run, optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], step: int) -> None:
+    started = time.perf_counter()
+    config, plan = run.config, run.plan
+    numbers = step_rows(config.seed, step, len(run.rows), plan.batch_size)
+    packs = pack_rows(run.rows, numbers, config.micro_batch_tokens, config.packing == "auto")
+    lr = lr_at(step, plan.steps, plan.lr, config.schedule, config.warmup)
+    optimizer.zero_grad(set_to_none=True)
+    loss = accumulate(
+        run.model, run.head, packs, seed=config.seed, step=step, checkpointing=plan.checkpointing
+    )  # fmt: skip
+    norm = clip_gradient(named.values(), config.clip_norm)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise blame(run.model, run.head, packs, step, loss, norm)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    seconds = time.perf_counter() - started
+    tokens = sum(len(pack.ids_T) for pack in packs)
+    line: dict[str, object] = {
+        "step": step,
+        "epoch": round(step / plan.steps_per_epoch, 4),
+        "loss": loss,
+        "lr": lr,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "trained_tokens": sum(len(pack.targets_N) for pack in packs),
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "memory_bytes": run.memory(),
+    }
+    run.metrics.add(**line)
+    run.report(line)
+
+
+def _evaluate(run: Run, evaluate: Callable[[], float], progress: Progress) -> Progress:
+    run.model.eval()
+    loss = evaluate()
+    run.model.train()
+    line: dict[str, object] = {"step": progress.step, "eval_loss": loss}
+    run.metrics.add(**line)
+    run.report(line)
+    if progress.best_loss is None or loss < progress.best_loss:
+        return dataclasses.replace(progress, best_loss=loss, best_step=progress.step, stale_evaluations=0)
+    stale = progress.stale_evaluations + 1
+    patience = run.config.patience
+    return dataclasses.replace(progress, stale_evaluations=stale, finished=patience is not None and stale >= patience)
+
+
+def _save(run: Run, progress: Progress, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    started = time.perf_counter()
+    if run.evaluate is None:  # without evaluation the newest is the best
+        progress = dataclasses.replace(progress, best_step=progress.step)
+    run.metrics.sync()
+    adapter = {name: parameter.detach() for name, parameter in named.items()}
+    state = optimizer_tensors(optimizer, named)
+    run.checkpoints.save(Checkpoint(progress, run.identity, adapter, state))
+    run.save_seconds += time.perf_counter() - started

@@ -1,0 +1,73 @@
+"""Optimizer, learning rate and its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+FULL_LR = 5e-5  # full fine-tuning's learning rate at width 2000
+LORA_FACTOR = 10.0
+LR_CAP = 2e-3
+SHORT_RUN = 100  # steps
+
+
+def auto_lr(model_type: str, hidden_size: int, steps: int) -> tuple[float, str]:
+    """The learning rate for LoRA on a model of this width, and the rule in words.
+
+    Source: "LoRA Without Regret" (Schulman & Thinking Machines, 2025): 10 x full fine-tuning's rate, 15 x for short
+    runs; width exponents as in tinker-cookbook's public code. The cap is ours: 3e-3 mostly diverges in its sweeps.
+    """
+    exponent = 0.0775 if model_type.startswith("qwen") else 0.781
+    short = 1.5 if steps < SHORT_RUN else 1.0
+    lr = FULL_LR * LORA_FACTOR * (2000 / hidden_size) ** exponent * short
+    rule = f"10 x full fine-tuning's 5e-5 x (2000 / {hidden_size})^{exponent}"
+    rule += f", x 1.5 for under {SHORT_RUN} steps" if short > 1 else ""
+    if lr > LR_CAP:
+        return LR_CAP, f"{rule} = {lr:.2e}, capped at {LR_CAP:g}"
+    return float(f"{lr:.3g}"), rule
+
+
+def lr_at(step: int, steps: int, peak: float, schedule: str, warmup: float) -> float:
+    """Learning rate of step `step` (from 1) of `steps`: a pure function, so a resumed run needs no scheduler state.
+
+    Rises linearly over ceil(warmup * steps) steps and reaches the peak at the last of them; then falls to 0 just
+    after the last step (linear, cosine) or stays (constant).
+    """
+    rise = math.ceil(warmup * steps)
+    if step <= rise:
+        return peak * step / rise
+    if schedule == "constant":
+        return peak
+    done = (step - 1 - rise) / max(1, steps - rise)
+    return peak * (1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with torch's defaults for betas and eps."""
+    return torch.optim.AdamW(list(parameters), lr=0.0, weight_decay=weight_decay, foreach=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors, `NAME.exp_avg` and so on; `names` in its parameters' order."""
+    (group,) = optimizer.param_groups
+    return {
+        f"{name}.{key}": value
+        for name, parameter in zip(names, group["params"], strict=True)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    (group,) = optimizer.param_groups
+    for name, parameter in zip(names, group["params"], strict=True):
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {key: tensors[f"{name}.{key}"].clone() for key in keys}
+
+
+def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> float:
+    """Scale the whole gradient down to norm `largest` (0: leave it) and return its norm before that."""
+    return float(torch.nn.utils.clip_grad_norm_(list(parameters), largest or math.inf))

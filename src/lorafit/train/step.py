@@ -1,0 +1,59 @@
+"""One optimizer step's gradient, exact per token however its rows are cut into packs.
+
+    loss = (sum over trained tokens of the step) / (number of trained tokens of the step)
+
+Averaging the packs' means instead would weigh a token in a short pack more than one in a long pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.adapter.dropout import Places
+from lorafit.data.batch import Pack
+from lorafit.train.loss import Head, token_losses
+
+
+def pack_losses(model: nn.Module, head: Head, pack: Pack, checkpointing: bool = False) -> Tensor:
+    """Losses (N,) in nats of the pack's trained tokens, in the pack's order; differentiable in the adapter."""
+    backbone = model.get_decoder()  # type: ignore[operator]
+    if checkpointing != backbone.is_gradient_checkpointing:
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        else:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
+    hidden_THH = backbone(
+        input_ids=torch.from_numpy(pack.ids_T)[None],
+        position_ids=torch.from_numpy(pack.positions_T)[None],
+        documents=pack.documents,
+        use_cache=False,
+    ).last_hidden_state
+    return token_losses(hidden_THH[0, torch.from_numpy(pack.predictors_N)], torch.from_numpy(pack.targets_N), head)
+
+
+def accumulate(
+    model: nn.Module,
+    head: Head,
+    packs: Sequence[Pack],
+    *,
+    seed: int = 0,
+    step: int = 0,
+    checkpointing: bool = False,
+) -> float:
+    """Add the step's gradient to the adapter's `.grad` and return the step's loss in nats per trained token.
+
+    packs: all rows of one optimizer step. seed and step name the dropout masks.
+    """
+    trained = sum(len(pack.targets_N) for pack in packs)
+    places: Places | None = getattr(model, "lora_places", None)
+    total = 0.0
+    for pack in packs:
+        if places is not None:
+            places.set(seed, step, torch.from_numpy(pack.rows_T), torch.from_numpy(pack.positions_T))
+        loss = pack_losses(model, head, pack, checkpointing).sum()
+        (loss / trained).backward()
+        total += float(loss)
+    return total / trained
