@@ -15,6 +15,7 @@ import re
 import types
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -162,7 +163,7 @@ def field_docs() -> dict[str, str]:
     """The docstring under each field of TrainConfig, read from this file's syntax tree once."""
     body = ast.parse(inspect.getsource(TrainConfig)).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for node, after in zip(body, body[1:], strict=False):
+    for node, after in pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
             docs[node.target.id] = ast.literal_eval(after.value)  # type: ignore[union-attr]
     return docs
@@ -247,7 +248,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_YAML_BYTES:
             raise ConfigError(str(path), f"has {path.stat().st_size} bytes", "a configuration is far smaller")
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 -- a SafeLoader
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError(str(path), error.strerror or "cannot be read", "check the path") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -264,5 +265,7 @@ def to_yaml(resolved: Resolved, extra: dict[str, Any]) -> str:
         value = getattr(resolved.config, name)
         plain = list(value) if isinstance(value, tuple) else value
         text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
-        lines.append(f"{name}: {text.removesuffix('\n').removesuffix('\n...')}  # {resolved.origin.get(name, 'default')}")
+        lines.append(
+            f"{name}: {text.removesuffix('\n').removesuffix('\n...')}  # {resolved.origin.get(name, 'default')}"
+        )
     return "\n".join(lines) + "\n" + yaml.safe_dump(extra, sort_keys=True, allow_unicode=True)

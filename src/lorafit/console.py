@@ -1,4 +1,4 @@
-"""What a person sees: progress, tables, warnings on standard error; results on standard output. Only this file prints."""
+"""What a person sees: progress and warnings on standard error, results on standard output. Only this file prints."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -79,3 +80,59 @@ def duration(seconds: float) -> str:
 def gigabytes(size: float) -> str:
     """Bytes in GB (10^9 bytes), or MB below one tenth of that."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+class Steps:
+    """Progress of a training run: a live bar for a person, a line per tenth of the run for a log."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[news]}"),
+            TimeRemainingColumn(),
+            console=_err,
+            transient=True,
+            disable=not is_terminal(),
+        )
+        self._task = self._bar.add_task("training", total=steps, news="")
+        self._speeds: list[float] = []
+
+    def __enter__(self) -> Steps:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def line(self, values: dict[str, Any]) -> None:
+        """Show one line of metrics.jsonl."""
+        step = values["step"]
+        if "eval_loss" in values:
+            say(f"step {step}/{self._steps}  held-out loss {values['eval_loss']:.4f}")
+            return
+        self._speeds.append(values["seconds"])
+        recent = self._speeds[-20:]
+        left = duration(sum(recent) / len(recent) * (self._steps - step))
+        speed = values["tokens_per_second"]
+        self._bar.update(self._task, completed=step, news=f"loss {values['loss']:.4f}  {speed:.0f} tokens/s")
+        if not is_terminal() and (step == 1 or step % max(1, self._steps // 10) == 0):
+            say(f"step {step}/{self._steps}  loss {values['loss']:.4f}  {speed:.0f} tokens/s  {left} left")
+
+
+def facts(found: dict[str, Any], as_json: bool) -> None:
+    """Facts by name on standard output: JSON, or a line each with nested ones indented."""
+    if as_json:
+        return result_json(found)
+
+    def lines(values: dict[str, Any], indent: str) -> Iterable[str]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield f"{indent}{key}"
+                yield from lines(value, indent + "  ")
+            else:
+                shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                yield f"{indent}{key:<22} {shown}"
+
+    return result("\n".join(lines(found, "")))

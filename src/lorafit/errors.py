@@ -1,16 +1,16 @@
 """The errors of lorafit, each one line for the user: where, what with the value, what to do.
 
-    LorafitError            exit code 2   the root; never raised itself
-    ├── ConfigError         (ValueError)  an option, a configuration file, a run's folder
-    ├── DataError           (ValueError)  one fault of a data file, at file:line
-    ├── ModelError          (ValueError)  a model file or folder: header, key, tensor, tokenizer, template
-    ├── AdapterError        (ValueError)  an adapter's folder: configuration, tensors, the wrong base
-    ├── ResumeError         (ValueError)  a run that cannot go on as it was
-    ├── NonFiniteError      (ArithmeticError)  NaN or infinity in training, with the tensor's name
-    ├── MissingError        (RuntimeError)  something this machine lacks
-    ├── MemoryLimitError    exit code 3 (MemoryError)  does not fit the memory given
-    ├── Interrupted         exit code 130 or 143  stopped by a signal, after a checkpoint
-    └── Faults              several faults of the same kind at once
+LorafitError            exit code 2   the root; never raised itself
+├── ConfigError         (ValueError)  an option, a configuration file, a run's folder
+├── DataError           (ValueError)  one fault of a data file, at file:line
+├── ModelError          (ValueError)  a model file or folder: header, key, tensor, tokenizer, template
+├── AdapterError        (ValueError)  an adapter's folder: configuration, tensors, the wrong base
+├── ResumeError         (ValueError)  a run that cannot go on as it was
+├── NonFiniteError      (ArithmeticError)  NaN or infinity in training, with the tensor's name
+├── MissingError        (RuntimeError)  something this machine lacks
+├── MemoryLimitError    exit code 3 (MemoryError)  does not fit the memory given
+├── Interrupted         exit code 130 or 143  stopped by a signal, after a checkpoint
+└── Faults              several faults of the same kind at once
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class MemoryLimitError(LorafitError, MemoryError):
     exit_code = 3
 
 
-class Interrupted(LorafitError):  # noqa: N818 -- it is an outcome, named as the user knows it
+class Interrupted(LorafitError):
     """A signal stopped the run after a checkpoint was written; signal_number: 2 or 15."""
 
     def __init__(self, place: str, what: str, remedy: str, signal_number: int) -> None:

@@ -89,7 +89,7 @@ def attach(
 def put_adapter(
     model: nn.Module, path: str, rank: int, alpha: float, dropout: float = 0.0, places: Places | None = None
 ) -> LoraAdapter:
-    """Wrap the layer at `path`; the adapter comes back without values in A. Raises ConfigError if it has one already."""
+    """Wrap the layer at `path`; A comes back without values. Raises ConfigError if the layer has an adapter."""
     base = model.get_submodule(path)
     if isinstance(base, LoraLinear):
         raise ConfigError(path, "has an adapter already", "attach once, to the plain model")
@@ -103,6 +103,13 @@ def put_adapter(
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """(path, layer) of every adapted layer, in the model's order."""
     return ((path, layer) for path, layer in linear_layers(model).items() if isinstance(layer, LoraLinear))
+
+
+def detach(model: nn.Module) -> None:
+    """Take every adapter off; the model is the base again."""
+    for path, layer in list(adapted_layers(model)):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.base)
 
 
 def enable_adapter(model: nn.Module, enabled: bool) -> None:

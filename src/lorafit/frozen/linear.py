@@ -14,12 +14,12 @@ class _FrozenProduct(torch.autograd.Function):
     """y = x W^T. Neither W nor x is saved: the gradient of x needs W alone, and W has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FrozenWeight) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight) -> Tensor:
         ctx.weight = weight
         return weight(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.weight.backward_input(grad), None
 
 

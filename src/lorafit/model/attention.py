@@ -8,10 +8,11 @@ and no mask over the whole pack ever exists. Without `documents` each batch row 
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -50,7 +51,7 @@ def document_attention(
             sliding_window,
             shared,
         )
-        for start, end in zip(documents, documents[1:], strict=False)
+        for start, end in pairwise(documents)
     ]
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
 

@@ -1,20 +1,15 @@
-"""Folders that are complete or absent, and the checkpoints of a run made of them.
+"""The checkpoints of a run: folders that are complete or absent, read only when their manifest verifies.
 
-`commit` writes into a temporary folder, syncs each file, writes MANIFEST.json with every file's size and hash last,
-syncs, renames, and syncs the parent: after a crash at any instant the folder is there whole or not at all. A reader
-takes only folders whose manifest verifies. Checkpoints hold safetensors and JSON, no times and no paths, so that two
-runs of the same settings write the same bytes.
+They hold safetensors and JSON, no times and no paths, so that two runs of the same settings write the same bytes.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,75 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafit.errors import ConfigError, ResumeError
+from lorafit.errors import ResumeError
+from lorafit.formats.folders import commit, complete
 from lorafit.formats.safetensors import open_file, write_safetensors
 
-MANIFEST = "MANIFEST.json"
 KEPT = 2  # newest checkpoints kept, besides the best
-
-
-def commit(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make `folder` with what `write` puts into it, whole or not at all; an older one is replaced.
-
-    Raises ConfigError when the disk refuses (full, read-only); nothing committed before is touched then.
-    """
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        files = {}
-        for path in sorted(p for p in temporary.iterdir()):
-            _sync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        (temporary / MANIFEST).write_text(json.dumps({"files": files}, indent=1, sort_keys=True) + "\n")
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
-        replaced = folder.with_name(f".old-{folder.name}")
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
-        temporary.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise ConfigError(str(folder), f"cannot be written: {error.strerror}", "free space or choose --out") from None
-
-
-def complete(folder: Path) -> bool:
-    """Whether every file that the manifest names is there with its size and hash, and nothing else."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return {p.name for p in folder.iterdir()} == {*files, MANIFEST} and all(
-            (folder / name).stat().st_size == entry["bytes"] and file_hash(folder / name) == entry["sha256"]
-            for name, entry in files.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """The file with this text, or the one that was there before."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.rename(path)
-    _sync(path.parent)
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -161,7 +92,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest complete checkpoint, or None, and the names of newer ones that are damaged."""
-        damaged = []
+        damaged: list[str] = []
         for step in reversed(self.steps()):
             if complete(self.path(step)):
                 return self.read(step), damaged

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorafit.data.batch import Pack
 from lorafit.errors import NonFiniteError
-from lorafit.train.loss import Head
+from lorafit.model.head import Head
 from lorafit.train.step import pack_losses
 
 

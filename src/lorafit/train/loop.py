@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,24 +17,22 @@ from lorafit.config import TrainConfig
 from lorafit.data.batch import Tokens, pack_rows
 from lorafit.data.order import order
 from lorafit.errors import Interrupted
+from lorafit.model.head import Head
 from lorafit.train.checkpoint import Checkpoint, Checkpoints, Progress
 from lorafit.train.finite import blame
-from lorafit.train.loss import Head
 from lorafit.train.metrics import Metrics
 from lorafit.train.optim import clip_gradient, load_optimizer_tensors, lr_at, make_optimizer, optimizer_tensors
 from lorafit.train.step import accumulate
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What the settings and the data decide before step 1."""
+    """What follows from the settings and the data: the run's length in optimizer steps, and checkpointing."""
 
     steps: int
     steps_per_epoch: int
-    batch_size: int
-    eval_every: int
-    save_every: int
-    lr: float
     checkpointing: bool
 
 
@@ -46,7 +45,10 @@ class StopRequest:
 
 @dataclass
 class Run:
-    """Everything that the loop needs. `evaluate` gives the held-out loss; `report` hears of each metrics line."""
+    """Everything that the loop needs; `config` has nothing left to choose.
+
+    `evaluate` gives the held-out loss in nats per token; `report` hears of each metrics line; `memory` gives bytes.
+    """
 
     config: TrainConfig
     plan: Plan
@@ -61,6 +63,12 @@ class Run:
     memory: Callable[[], int]
     stop: StopRequest = field(default_factory=StopRequest)
     save_seconds: float = 0.0
+
+
+def _set(value: T | None) -> T:
+    """A setting that is settled before the loop begins."""
+    assert value is not None, "settings are resolved before training"
+    return value
 
 
 def step_rows(seed: int, step: int, rows: int, batch_size: int) -> list[int]:
@@ -87,16 +95,20 @@ def fit(run: Run, start: Checkpoint | None) -> Progress:
             for name, parameter in named.items():
                 parameter.copy_(start.adapter[name])
         load_optimizer_tensors(optimizer, named, start.optimizer)
+    config = run.config
     run.model.train()
     while progress.step < run.plan.steps and not progress.finished:
         step = progress.step + 1
         _train_step(run, optimizer, named, step)
         progress = dataclasses.replace(progress, step=step)
         last = step == run.plan.steps
-        if run.evaluate is not None and (last or step % run.plan.eval_every == 0):
+        if run.evaluate is not None and (last or step % _set(config.eval_every) == 0):
             progress = _evaluate(run, run.evaluate, progress)
+        if run.evaluate is None:  # then the newest counts as the best
+            progress = dataclasses.replace(progress, best_step=step)
         progress = dataclasses.replace(progress, finished=progress.finished or last)
-        if progress.finished or step % run.plan.save_every == 0 or run.stop.signal_number or progress.best_step == step:
+        improved = run.evaluate is not None and progress.best_step == step
+        if improved or progress.finished or step % _set(config.save_every) == 0 or run.stop.signal_number:
             _save(run, progress, named, optimizer)
         if run.stop.signal_number and not progress.finished:
             out = run.checkpoints.folder.parent
@@ -109,9 +121,9 @@ def fit(run: Run, start: Checkpoint | None) -> Progress:
 def _train_step(run: Run, optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], step: int) -> None:
     started = time.perf_counter()
     config, plan = run.config, run.plan
-    numbers = step_rows(config.seed, step, len(run.rows), plan.batch_size)
+    numbers = step_rows(config.seed, step, len(run.rows), _set(config.batch_size))
     packs = pack_rows(run.rows, numbers, config.micro_batch_tokens, config.packing == "auto")
-    lr = lr_at(step, plan.steps, plan.lr, config.schedule, config.warmup)
+    lr = lr_at(step, plan.steps, _set(config.lr), config.schedule, config.warmup)
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate(
         run.model, run.head, packs, seed=config.seed, step=step, checkpointing=plan.checkpointing
@@ -155,8 +167,6 @@ def _evaluate(run: Run, evaluate: Callable[[], float], progress: Progress) -> Pr
 
 def _save(run: Run, progress: Progress, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     started = time.perf_counter()
-    if run.evaluate is None:  # without evaluation the newest is the best
-        progress = dataclasses.replace(progress, best_step=progress.step)
     run.metrics.sync()
     adapter = {name: parameter.detach() for name, parameter in named.items()}
     state = optimizer_tensors(optimizer, named)

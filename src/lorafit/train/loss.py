@@ -12,24 +12,14 @@ Source: ours; the idea of not materialising logits is Wijmans et al. 2024, "Cut 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafit.frozen.weight import FrozenWeight
+from lorafit.model.head import Head
 
 CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in fp32
-
-
-@dataclass(frozen=True)
-class Head:
-    """The frozen output matrix W (V, H) and what the model does to its logits."""
-
-    weight: FrozenWeight
-    multiplier: float = 1.0
-    softcap: float | None = None
 
 
 def token_losses(hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
@@ -39,7 +29,7 @@ def token_losses(hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
         wanted = hidden_NH.requires_grad
         size = max(1, CHUNK_ELEMENTS // head.weight.out_features)
         losses = hidden_NH.new_empty(len(targets_N), dtype=torch.float32)
@@ -47,13 +37,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_N), size):
             part = slice(start, start + size)
             losses[part], gradient = _chunk(hidden_NH[part], targets_N[part], head, wanted)
-            if gradient_NH is not None:
+            if gradient_NH is not None and gradient is not None:
                 gradient_NH[part] = gradient
         ctx.gradient_NH = gradient_NH
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         return (ctx.gradient_NH * grad_N[:, None]).to(ctx.gradient_NH.dtype), None, None
 
 

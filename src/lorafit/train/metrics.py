@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorafit.train.checkpoint import write_text_atomically
+from lorafit.formats.folders import write_text_atomically
 
 
 class Metrics:

@@ -1,0 +1,281 @@
+"""An adapter's folder in PEFT's layout: written whole, and read strictly.
+
+    adapter_config.json          PEFT's keys: r, lora_alpha, target_modules, ...
+    adapter_model.safetensors    base_model.model.PATH.lora_A.weight (r, in), ....lora_B.weight (out, r)
+    lorafit.json                 ours: fingerprints of base, tokenizer, template and data
+    README.md                    model card
+
+Layers and ranks are taken from tensor names and shapes. Nothing from a file is compiled, run, or used as a regular
+expression; what we cannot honour exactly is refused by name. Source: PEFT 0.21's `LoraConfig` and its saved files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.adapter.attach import HEADS, adapted_layers, linear_layers, put_adapter
+from lorafit.adapter.dropout import Places
+from lorafit.errors import AdapterError, Faults, LorafitError
+from lorafit.formats.folders import commit
+from lorafit.formats.safetensors import open_file, write_safetensors
+from lorafit.frozen.fingerprint import difference, fingerprint
+
+PREFIX = "base_model.model."
+MAX_RANK = 4096
+# Keys of PEFT's configuration that change the result; each must be absent or one of these values.
+PLAIN = {
+    "use_dora": (False,),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "fan_in_fan_out": (False,),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}
+
+
+def save_adapter(model: nn.Module, folder: str | Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write the adapter on `model` into `folder`, which PEFT and lorafit.load_adapter read.
+
+    about: facts for lorafit.json and the model card (`base_model`, `tokenizer`, `template`, `data`, `figures`).
+    Raises AdapterError when the model has no adapter; ConfigError when the disk refuses.
+    """
+    about = dict(about or {})
+    layers = dict(adapted_layers(model))
+    if not layers:
+        raise AdapterError(str(folder), "the model has no adapter", "attach one first")
+    tensors = {}
+    for path, layer in layers.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.adapter.A.detach()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.adapter.B.detach()
+    config = _peft_config(model, layers, str(about.get("base_model", "")))
+    ours = {key: about[key] for key in ("tokenizer", "template", "data") if key in about}
+    ours["base"] = fingerprint(model)
+
+    def write(temporary: Path) -> None:
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_safetensors(temporary / "adapter_model.safetensors", tensors)
+        (temporary / "lorafit.json").write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
+        (temporary / "README.md").write_text(_model_card(config, about), encoding="utf-8")
+
+    commit(Path(folder), write, manifest=False)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
+    """Put the adapter in `folder` on `model` and return notes for the user, such as "same weights in another format".
+
+    The model's other parameters are frozen. Strict: raises AdapterError (or Faults with one line per tensor) for
+    anything renamed, missing, extra, non-finite, of a wrong dtype, rank or shape, or made for another base, and then
+    the model is as it was.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    notes = _check_base(model, folder)
+    pairs = _read_pairs(folder, model, config)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    places = Places()
+    for path, (a, b) in pairs.items():
+        adapter = put_adapter(model, path, a.shape[0], _alpha(config, path, a.shape[0]), 0.0, places)
+        with torch.no_grad():
+            adapter.A.copy_(a)
+            adapter.B.copy_(b)
+    model.lora_places = places  # type: ignore[assignment]
+    return notes
+
+
+def _peft_config(model: nn.Module, layers: Mapping[str, Any], base_model: str) -> dict[str, Any]:
+    adapters = [layer.adapter for layer in layers.values()]
+    first = adapters[0]
+    names = sorted({path.rsplit(".", 1)[-1] for path in layers})
+    by_name = {path for path in linear_layers(model) if path.rsplit(".", 1)[-1] in names}
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout.p,
+        "target_modules": names if by_name == set(layers) else sorted(layers),
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "target_parameters": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    for path, layer in layers.items():
+        if layer.adapter.rank != first.rank:
+            config["rank_pattern"][path] = layer.adapter.rank
+        if layer.adapter.alpha != first.alpha:
+            config["alpha_pattern"][path] = layer.adapter.alpha
+    return config
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "adapter_config.json"
+    config = _read_json(file, "give an adapter's folder")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{file}: peft_type", f"is {config.get('peft_type')!r}", "only LORA adapters are read")
+    for key, allowed in PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise AdapterError(f"{file}: {key}", f"{config[key]!r} is not supported", "merge it with PEFT first")
+    for key, low in (("r", 1), ("lora_alpha", None)):
+        value = config.get(key)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (low is not None and not (isinstance(value, int) and low <= value <= MAX_RANK)):
+            raise AdapterError(f"{file}: {key}", f"is {value!r}", "it must be a number that a rank or alpha can be")
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(file, key, config.get(key) or {})
+    return config
+
+
+def _check_pattern(file: Path, key: str, pattern: Any) -> None:
+    """PEFT runs these keys as regular expressions; we take plain layer names and refuse the rest."""
+    if not isinstance(pattern, dict):
+        raise AdapterError(f"{file}: {key}", f"is {pattern!r}", "it must map layer names to numbers")
+    for name, value in pattern.items():
+        if not name.replace(".", "").replace("_", "").isalnum():
+            raise AdapterError(f"{file}: {key}", f"{name!r} is a regular expression", "write plain layer names")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise AdapterError(f"{file}: {key}", f"{name} is {value!r}", "it must be a number")
+
+
+def _pattern_value(pattern: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule for plain names: the first key that is the path's end, at a dot."""
+    return next((v for k, v in (pattern or {}).items() if path == k or path.endswith(f".{k}")), default)
+
+
+def _alpha(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """The alpha that gives PEFT's scale under our alpha / rank (rsLoRA divides by sqrt(rank) instead)."""
+    alpha = float(_pattern_value(config.get("alpha_pattern"), path, config["lora_alpha"]))
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _check_base(model: nn.Module, folder: Path) -> list[str]:
+    file = folder / "lorafit.json"
+    if not file.exists():
+        return ["the adapter has no lorafit.json: its base can be checked by names and shapes only"]
+    stored = _read_json(file, "remove it if the adapter is another program's")
+    try:
+        same, what = difference(stored["base"], fingerprint(model))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AdapterError(f"{file}: base", f"is no fingerprint: {error}", "save the adapter again") from None
+    if not same:
+        raise AdapterError(str(folder), f"does not belong to this base: {what}", "give the base it was trained on")
+    return [what] if what else []
+
+
+def _read_pairs(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, B) by layer path, in the model's order, each checked; all faults at once."""
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        raise AdapterError(str(folder), "holds no adapter_model.safetensors", "pickled .bin adapters are not read")
+    shards = open_file(file, AdapterError)
+    layers = linear_layers(model)
+    faults: list[LorafitError] = []
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name in shards.shapes:
+        path, half = _parse_name(name)
+        if half == "" or path not in layers or path.rsplit(".", 1)[-1] in HEADS:
+            faults.append(AdapterError(f"{file}: {name}", "names no linear layer of this model"))
+        else:
+            halves.setdefault(path, {})[half] = shards.load(name)
+    for path in _expected_paths(layers, config) | set(halves):
+        faults += _check_pair(file, path, halves.get(path, {}), layers[path], config)
+    if not halves and not faults:
+        faults.append(AdapterError(str(file), "holds no tensors", "train again"))
+    if faults:
+        raise Faults(sorted(faults, key=str)) if len(faults) > 1 else faults[0]
+    return {path: (halves[path]["lora_A"], halves[path]["lora_B"]) for path in layers if path in halves}
+
+
+def _parse_name(name: str) -> tuple[str, str]:
+    """base_model.model.PATH.lora_A.weight -> (PATH, lora_A); ("", "") for other names."""
+    for half in ("lora_A", "lora_B"):
+        if name.startswith(PREFIX) and name.endswith(f".{half}.weight"):
+            return name[len(PREFIX) : -len(f".{half}.weight")], half
+    return "", ""
+
+
+def _expected_paths(layers: Mapping[str, nn.Module], config: Mapping[str, Any]) -> set[str]:
+    """The layers that the configuration's plain names stand for; none where it uses what only tensor names can tell."""
+    targets = config.get("target_modules")
+    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
+        return set()
+    if targets == "all-linear":
+        return {path for path in layers if path.rsplit(".", 1)[-1] not in HEADS}
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
+        return set()
+    return {path for path in layers if any(path == t or path.endswith(f".{t}") for t in targets)}
+
+
+def _check_pair(
+    file: Path, path: str, pair: Mapping[str, Tensor], layer: nn.Module, config: Mapping[str, Any]
+) -> list[AdapterError]:
+    faults = [
+        AdapterError(f"{file}: {PREFIX}{path}.{half}.weight", "is missing", "the adapter is incomplete")
+        for half in ("lora_A", "lora_B")
+        if half not in pair
+    ]
+    rank = int(_pattern_value(config.get("rank_pattern"), path, config["r"]))
+    wanted = {"lora_A": (rank, layer.in_features), "lora_B": (layer.out_features, rank)}
+    for half, tensor in pair.items():
+        place = f"{file}: {PREFIX}{path}.{half}.weight"
+        if tuple(tensor.shape) != wanted[half]:
+            what = f"has shape {list(tensor.shape)}, rank {rank} on this model needs {list(wanted[half])}"
+            faults.append(AdapterError(place, what, "check r and the base"))
+        elif not bool(torch.isfinite(tensor).all()):
+            faults.append(AdapterError(place, "holds NaN or infinity", "train again, or use an older checkpoint"))
+    return faults
+
+
+def _read_json(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > 16 << 20:
+            raise AdapterError(str(file), f"has {file.stat().st_size} bytes", remedy)
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(str(file), "does not exist", remedy) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(str(file), f"does not read: {error}", remedy) from None
+    if not isinstance(found, dict):
+        raise AdapterError(str(file), f"holds {type(found).__name__}, not an object", remedy)
+    return found
+
+
+def _model_card(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """README.md of the adapter: what it is, what it was trained on, what it gained."""
+    base = config["base_model_name_or_path"] or "the base model"
+    lines = [
+        "---",
+        "library_name: peft",
+        "tags: [lora, lorafit]",
+        "---",
+        "",
+        f"# LoRA adapter for {Path(base).name}",
+        "",
+    ]
+    lines += [f"Rank {config['r']}, alpha {config['lora_alpha']:g}, trained with lorafit.", ""]
+    figures = about.get("figures") or {}
+    if figures:
+        lines += ["| figure | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in figures.items()), ""]
+    lines += [
+        "Load it with PEFT's `PeftModel.from_pretrained(base, folder)` or `lorafit generate BASE --adapter folder`."
+    ]
+    return "\n".join(lines) + "\n"

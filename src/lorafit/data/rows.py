@@ -1,0 +1,126 @@
+"""Records -> the token rows of a run: encoded, cut to length, and everything found on the way counted and placed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorafit.data.chat import Tokenizer, TokenRow, Trained, encode_document, encode_record, tools_ignored
+from lorafit.data.records import Record, content_hash
+from lorafit.errors import DataError
+
+DOCUMENT_LENGTH = 1024  # tokens per row of a raw document, unless max_length says otherwise
+
+Problem = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows ready for training, and what became of the others."""
+
+    rows: list[TokenRow]
+    problems: list[Problem]
+    """(file:line, what): not faults, but the user should see them."""
+    counts: dict[str, int]
+    """rows = used + skipped; duplicates, truncated (cut by max_length), tokens, trained_tokens."""
+    faults: list[DataError]
+    """Rows that the chat template refuses; skipped in `counts`."""
+    max_length: int
+    """Tokens per row, resolved."""
+
+
+def build_rows(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None,
+    context: int,
+    trained: Trained = "assistant",
+) -> Rows:
+    """Encode all records. max_length: tokens per row, None for the longest row up to `context`, the model's own bound.
+
+    Longer rows lose their end, and an answer that loses its end gets no end token. A raw document is cut into
+    consecutive rows instead, of 1024 tokens where max_length is None, so that every token is used. Rows without a
+    trained token are left out. Duplicates stay.
+    """
+    bound = min(max_length or context, context)
+    faults: list[DataError] = []
+    whole: list[TokenRow] = []
+    for record in records:
+        if record.format == "raw":
+            whole += encode_document(record, tokenizer, min(max_length or DOCUMENT_LENGTH, context))
+            continue
+        try:
+            whole.append(encode_record(record, tokenizer, trained))
+        except DataError as fault:
+            faults.append(fault)
+    rows = [row.shortened(bound) if len(row.ids) > bound else row for row in whole]
+    used = [row for row in rows if any(row.trained)]
+    duplicates = _duplicates(records)
+    counts = {
+        "rows": len(rows) + len(faults),
+        "used": len(used),
+        "skipped": len(rows) + len(faults) - len(used),
+        "duplicates": len(duplicates),
+        "truncated": sum(row.cut for row in used),
+        "tokens": sum(len(row.ids) for row in used),
+        "trained_tokens": sum(sum(row.trained) for row in used),
+    }
+    problems = [*_length_problems(whole, rows), *duplicates, *_notes(whole), *_unseen_tools(whole, tokenizer)]
+    longest = max((len(row.ids) for row in used), default=bound)
+    return Rows(used, problems, counts, faults, bound if max_length else longest)
+
+
+def _length_problems(whole: Sequence[TokenRow], rows: Sequence[TokenRow]) -> list[Problem]:
+    """Rows that were cut, and rows that are left without a trained token."""
+    problems = []
+    for before, after in zip(whole, rows, strict=True):
+        within = f"cut from {len(before.ids)} to {len(after.ids)} tokens"
+        if not any(after.trained):
+            problems.append(
+                (
+                    after.record.place,
+                    f"{within}: no trained token is left, not used" if after.cut else "no token is trained, not used",
+                )
+            )
+        elif after.cut:
+            lost = sum(before.trained) - sum(after.trained)
+            problems.append(
+                (
+                    after.record.place,
+                    f"{within}: " + (f"the answer loses {lost} tokens" if lost else "no answer is touched"),
+                )
+            )
+    return problems
+
+
+def _duplicates(records: Sequence[Record]) -> list[Problem]:
+    """Records that say what an earlier one says."""
+    first: dict[str, str] = {}
+    problems = []
+    for record in records:
+        place = first.setdefault(content_hash(record), record.place)
+        if place != record.place:
+            problems.append((record.place, f"says the same as {place}"))
+    return problems
+
+
+def _notes(rows: Sequence[TokenRow]) -> list[Problem]:
+    """Each note once, at the first row that has it, with the number of rows."""
+    times = Counter(note for row in rows for note in row.notes)
+    first: dict[str, str] = {}
+    for row in rows:
+        for note in row.notes:
+            first.setdefault(note, row.record.place)
+    return [(place, f"{note} ({_rows(times[note])})") for note, place in first.items()]
+
+
+def _unseen_tools(rows: Sequence[TokenRow], tokenizer: Tokenizer) -> list[Problem]:
+    places = [row.record.place for row in rows if tools_ignored(row.record, tokenizer)]
+    what = f"the chat template leaves out tools or tool calls: the model will not see them ({_rows(len(places))})"
+    return [(places[0], what)] if places else []
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"

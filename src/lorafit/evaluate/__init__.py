@@ -1,0 +1,1 @@
+"""Evaluation: held-out loss, its interval, and the report of a run."""

@@ -1,0 +1,181 @@
+"""The report of a run: figures as report.json, and the same as one self-contained page."""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorafit import console, machine
+from lorafit.adapter.attach import adapted_layers, enable_adapter
+from lorafit.data.batch import Tokens
+from lorafit.data.rows import Rows
+from lorafit.evaluate.heldout import held_out, paired_difference
+from lorafit.formats.folders import write_text_atomically
+from lorafit.model.generate import generate
+from lorafit.model.load import Base
+from lorafit.train.metrics import read_metrics
+
+SAMPLES, SAMPLE_TOKENS, SAMPLE_SECONDS = 4, 64, 60
+
+
+def finish_report(
+    out: Path, *, base: Base, data: Rows, evaluation: Sequence[Tokens], budget: int, save_seconds: float, started: float
+) -> dict[str, Any]:
+    """Measure base against adapter, write OUT/report.json and OUT/report.html, and return the figures."""
+    lines = read_metrics(out / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    training_seconds = sum(line["seconds"] for line in steps) + save_seconds
+    tokens = sum(line["tokens"] for line in steps)
+    trainable = sum(p.numel() for _, layer in adapted_layers(base.model) for p in layer.adapter.parameters())
+    frozen = {id(p): p.numel() for p in base.model.parameters() if not p.requires_grad}
+    report: dict[str, Any] = {
+        **_compare(base, evaluation, budget),
+        "tokens": tokens,
+        "trained_tokens": sum(line["trained_tokens"] for line in steps),
+        "steps": len(steps),
+        "training_seconds": round(training_seconds, 3),
+        "tokens_per_second": round(tokens / training_seconds, 1) if steps else None,
+        "trainable_parameters": trainable,
+        "total_parameters": sum(frozen.values()) + trainable,
+        "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
+        "data": {**data.counts, "held_out": len(evaluation)},
+        "predicted": {"memory_bytes": None, "seconds": None},
+        "samples": _samples(base, evaluation),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "private_memory_bytes": machine.memory_bytes("RssAnon"),
+        "peak_memory_bytes": machine.memory_bytes("VmHWM"),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    write_text_atomically(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text_atomically(out / "report.html", page(report, lines))
+    return report
+
+
+def _compare(base: Base, evaluation: Sequence[Tokens], budget: int) -> dict[str, Any]:
+    """Held-out losses of base and adapter on the same rows, with the interval of their difference."""
+    if not evaluation:
+        return {"base_loss": None, "adapter_loss": None, "difference": None}
+    adapted = held_out(base.model, base.head, evaluation, budget)
+    enable_adapter(base.model, False)
+    plain = held_out(base.model, base.head, evaluation, budget)
+    enable_adapter(base.model, True)
+    mean, low, high = paired_difference(adapted, plain)
+    return {
+        "base_loss": plain.loss,
+        "adapter_loss": adapted.loss,
+        "difference": {"mean": mean, "low": low, "high": high},
+    }
+
+
+def _samples(base: Base, rows: Sequence[Any]) -> list[dict[str, str]]:
+    """Answers of base and adapter to the first held-out prompts, beside the right ones."""
+    shown, started = [], time.perf_counter()
+    for row in rows[:SAMPLES]:
+        prompt, answer = prompt_and_answer(row)
+        if not prompt or not answer or time.perf_counter() - started > SAMPLE_SECONDS:
+            break
+        sample = {"prompt": base.tokenizer.decode(prompt), "expected": base.tokenizer.decode(answer, True).strip()}
+        for name, enabled in (("base", False), ("adapter", True)):
+            enable_adapter(base.model, enabled)
+            ids = generate(base.model, prompt, max_tokens=SAMPLE_TOKENS, end_ids=base.tokenizer.end_ids)
+            sample[name] = base.tokenizer.decode(ids, True).strip()
+        shown.append(sample)
+    return shown
+
+
+def prompt_and_answer(row: Tokens) -> tuple[list[int], list[int]]:
+    """Token ids before the first trained one, and the trained ones that follow it without a gap."""
+    trained = list(row.trained)
+    start = trained.index(True)
+    end = next((i for i in range(start, len(trained)) if not trained[i]), len(trained))
+    return list(row.ids[:start]), list(row.ids[start:end])
+
+
+def page(report: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
+    """The report as one HTML page without scripts or links to elsewhere."""
+    steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    evals = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    return _PAGE.format(
+        verdict=html.escape(verdict(report)),
+        curve=_curve(steps, evals),
+        figures=_rows(_figures(report)),
+        samples="".join(_sample(sample) for sample in report["samples"]),
+        facts=_rows([(k, json.dumps(report[k])) for k in ("data", "machine", "versions")]),
+    )
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """Whether the adapter helped, in one sentence."""
+    gap = report["difference"]
+    if gap is None:
+        return "No rows were held out, so whether the adapter helped is not known."
+    told = f"{report['base_loss']:.4f} to {report['adapter_loss']:.4f} nats per trained token"
+    interval = f"difference {gap['mean']:+.4f}, 95 % interval {gap['low']:+.4f} to {gap['high']:+.4f}"
+    if gap["high"] < 0:
+        return f"The adapter helped: held-out loss went from {told} ({interval})."
+    if gap["low"] > 0:
+        return f"The adapter made it worse: held-out loss went from {told} ({interval})."
+    return f"No difference beyond noise: held-out loss went from {told} ({interval})."
+
+
+def _figures(report: dict[str, Any]) -> list[tuple[str, str]]:
+    speed = report["tokens_per_second"]
+    return [
+        ("steps", f"{report['steps']:,}"),
+        ("tokens", f"{report['tokens']:,} ({report['trained_tokens']:,} trained)"),
+        ("training time", console.duration(report["training_seconds"])),
+        ("whole command", console.duration(report["seconds"])),
+        ("speed", "" if speed is None else f"{speed:,.0f} tokens/s"),
+        ("peak memory", console.gigabytes(report["peak_memory_bytes"])),
+        ("trainable parameters", f"{report['trainable_parameters']:,} of {report['total_parameters']:,}"),
+        ("adapter file", console.gigabytes(report["adapter_bytes"])),
+    ]
+
+
+def _rows(pairs: Sequence[tuple[str, str]]) -> str:
+    return "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in pairs)
+
+
+def _sample(sample: dict[str, str]) -> str:
+    parts = _rows([(key, sample[key]) for key in ("prompt", "expected", "base", "adapter")])
+    return f"<table class=sample>{parts}</table>"
+
+
+def _curve(steps: Sequence[tuple[int, float]], evals: Sequence[tuple[int, float]]) -> str:
+    """Training loss as a line and held-out loss as dots, as inline SVG with its axes' ends written out."""
+    points = [*steps, *evals]
+    if not points:
+        return ""
+    last, top = max(x for x, _ in points), max(y for _, y in points) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return round(60 + 620 * x / last, 1), round(220 - 200 * y / top, 1)
+
+    line = " ".join(f"{x},{y}" for x, y in (place(*point) for point in steps))
+    dots = "".join("<circle cx={} cy={} r=4 />".format(*place(*point)) for point in evals)
+    return (
+        "<svg viewBox='0 0 700 260' role=img aria-label='loss by step'>"
+        f"<path d='M60 20V220H680' class=axis /><text x=8 y=28>{top:.2f}</text><text x=24 y=224>0</text>"
+        f"<text x=60 y=245>0</text><text x=600 y=245>step {last}</text>"
+        f"<polyline points='{line}' />{dots}<text x=330 y=16>line: training loss, dots: held-out loss</text></svg>"
+    )
+
+
+_PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
+<title>lorafit report</title><style>
+body{{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
+h1{{font-size:1.5rem}}h2{{font-size:1.1rem;margin-top:2rem}}table{{border-collapse:collapse;width:100%}}
+th{{text-align:left;vertical-align:top;padding:.25rem 1rem .25rem 0;font-weight:600;white-space:nowrap}}
+td{{padding:.25rem 0;white-space:pre-wrap;overflow-wrap:anywhere}}tr{{border-bottom:1px solid #ddd}}
+.sample{{margin:1rem 0;border-left:3px solid #2a7f62;padding-left:1rem;display:block}}
+svg{{width:100%}}polyline{{fill:none;stroke:#888;stroke-width:1.5}}circle{{fill:#2a7f62}}
+.axis{{fill:none;stroke:#444}}text{{font:12px system-ui,sans-serif;fill:#444}}
+</style><h1>lorafit report</h1><p>{verdict}</p>{curve}
+<h2>Figures</h2><table>{figures}</table><h2>Held-out samples</h2>{samples}
+<h2>Data, machine, versions</h2><table>{facts}</table></html>
+"""

@@ -1,0 +1,290 @@
+"""A GGUF file's tokenizer, built straight from its metadata (no tokenizer.json, no transformers).
+
+A GGUF file lists the tokens with a type each, and one of two ways to join characters into them:
+
+    gpt2    byte-level BPE: text is cut into words by the pre-tokenizer that `tokenizer.ggml.pre` names, words are
+            spelled in 256 byte letters, and `merges` says which neighbours join first
+    llama   SentencePiece BPE: no words; spaces become "▁", and the neighbours whose union has the best score join
+            first. `tokenizers` wants merges, so they are recovered from the vocabulary: every cut of a piece into two
+            pieces is a merge, ranked by the piece's score
+
+Types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. Control tokens are recognised in text as a
+whole and are special; user-defined ones are recognised as a whole and are text.
+Sources: the GGUF specification (ggml, docs/gguf.md); the names of `tokenizer.ggml.pre` and what they stand for are
+those of llama.cpp's vocabulary loader; patterns agree with the models' own tokenizer.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from lorafit.errors import ModelError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+
+# Tokens that end a turn or a text in published models; only those that a vocabulary holds as control tokens count.
+END_OF_TURN = frozenset(
+    ["<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<turn|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_utterance>"]
+)
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LEAD = r"[^\r\n\p{L}\p{N}]?"
+
+
+def _words(digits: str) -> str:
+    """Contractions, letters with one leading sign, digits, signs with the newlines after them, spaces."""
+    return rf"{_CONTRACTIONS}|{_LEAD}\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*" + _TAIL
+
+
+def _cased_words(digits: str, contractions: str) -> str:
+    """As `_words`, but a word also ends where lower case turns into upper case."""
+    cased = f"{_LEAD}{_UPPER}*{_LOWER}+{contractions}|{_LEAD}{_UPPER}+{_LOWER}*{contractions}"
+    return rf"{cased}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*" + _TAIL
+
+
+class WordSplit(NamedTuple):
+    """How a pre-tokenizer cuts text: patterns one after the other, each match a piece of its own.
+
+    digits: every digit is a word. gpt2: GPT-2's own pattern, built into `tokenizers`, comes last. nfc: text is brought
+    to Unicode's composed form first. whole: a word that is a token stays one, whatever the merges say.
+    """
+
+    patterns: tuple[str, ...] = ()
+    digits: bool = False
+    gpt2: bool = False
+    nfc: bool = False
+    whole: bool = False
+
+
+_GPT2 = WordSplit(gpt2=True)
+_GPT2_DIGITS = WordSplit(gpt2=True, digits=True)
+_LLAMA3 = WordSplit((_words(r"\p{N}{1,3}"),), whole=True)
+_CL100K = WordSplit((_words(r"\p{N}{1,3}"),))
+_QWEN2 = WordSplit((_words(r"\p{N}"),), nfc=True)
+_QWEN35 = WordSplit(
+    (rf"{_CONTRACTIONS}|{_LEAD}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*" + _TAIL,), nfc=True
+)
+_O200K = WordSplit((_cased_words(r"\p{N}{1,3}", _CONTRACTIONS + "?"),))
+_TEKKEN = WordSplit((_cased_words(r"\p{N}", ""),), whole=True)
+_DEEPSEEK_V3 = WordSplit(
+    (
+        r"\p{N}{1,3}",
+        r"[一-龥぀-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+        + _TAIL,
+    )
+)
+
+PRE_TOKENIZERS: dict[str, WordSplit] = {
+    "gpt-2": _GPT2,
+    "phi-2": _GPT2,
+    "olmo": _GPT2,
+    "smollm": _GPT2_DIGITS,
+    "starcoder": _GPT2_DIGITS,
+    "refact": _GPT2_DIGITS,
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "falcon3": _LLAMA3,
+    "lfm2": _LLAMA3,
+    "dbrx": _CL100K,
+    "smaug-bpe": _CL100K,
+    "glm4": _CL100K,
+    "chatglm-bpe": _CL100K,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2._replace(nfc=False),
+    "qwen35": _QWEN35,
+    "gpt-4o": _O200K,
+    "llama4": _O200K,
+    "tekken": _TEKKEN,
+    "deepseek-v3": _DEEPSEEK_V3,
+}
+
+
+class GgufTokenizer(NamedTuple):
+    """What a GGUF file says about text: the backend, the ids that begin and end it, the control tokens."""
+
+    backend: Tokenizer
+    bos_id: int | None
+    eos_id: int | None
+    add_bos: bool
+    special: dict[str, int]
+    end_ids: frozenset[int]
+
+
+class _Keys:
+    """The file's metadata, read with a check of every type; errors name file and key."""
+
+    def __init__(self, metadata: Mapping[str, Any], place: str) -> None:
+        self.metadata, self.place = metadata, place
+
+    def error(self, key: str, what: str, remedy: str = "") -> ModelError:
+        return ModelError(f"{self.place}: {key}", what, remedy)
+
+    def scalar(self, key: str, kind: type) -> Any:
+        value = self.metadata.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise self.error(key, f"is {value!r:.60}, not of type {kind.__name__}")
+        return value
+
+    def array(self, key: str, kinds: tuple[type, ...], length: int | None = None) -> list[Any]:
+        if key not in self.metadata:
+            raise self.error(key, "is missing", "the file holds no usable tokenizer")
+        value = self.metadata[key]
+        values = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise self.error(key, f"is {value!r:.60}, not an array")
+        wrong = set(map(type, values)) - set(kinds)
+        if wrong:
+            raise self.error(key, f"holds {wrong.pop().__name__}, not {kinds[0].__name__}")
+        if length is not None and len(values) != length:
+            raise self.error(key, f"has {len(values)} elements for {length} tokens")
+        return list(values)
+
+    def token_id(self, key: str, count: int) -> int | None:
+        value = self.scalar(key, int)
+        if value is not None and not 0 <= value < count:
+            raise self.error(key, f"is {value}, outside the {count} tokens")
+        return value
+
+
+def build_tokenizer(metadata: Mapping[str, Any], place: str) -> GgufTokenizer:
+    """The tokenizer that `tokenizer.ggml.*` describes; place: the file, for errors.
+
+    metadata: the file's keys with plain values; arrays as lists or numpy arrays. Raises ModelError with file and key
+    when an array is missing, of another type or length, when an id is out of range, or when the kind of tokenizer or
+    the pre-tokenizer is not known here: a guess would give other ids than the model was trained with.
+    """
+    keys = _Keys(metadata, place)
+    kind = keys.scalar("tokenizer.ggml.model", str)
+    if kind not in ("gpt2", "llama"):
+        raise keys.error("tokenizer.ggml.model", f"{kind!r} is not supported", "supported are 'gpt2' and 'llama'")
+    tokens = keys.array("tokenizer.ggml.tokens", (str,))
+    types = [NORMAL] * len(tokens)
+    if kind == "llama" or "tokenizer.ggml.token_type" in metadata:
+        types = keys.array("tokenizer.ggml.token_type", (int,), len(tokens))
+    bos, eos, eot, eom = (
+        keys.token_id(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("bos", "eos", "eot", "eom")
+    )
+    for number in (bos, eos, eot, eom):
+        if number is not None:
+            types[number] = CONTROL
+    for number, token in enumerate(tokens):
+        if types[number] == USER_DEFINED and token in END_OF_TURN:
+            types[number] = CONTROL  # some converters lose the flag; llama.cpp corrects it in the same way
+
+    backend = _byte_level(keys, tokens) if kind == "gpt2" else _sentencepiece(keys, tokens, types)
+    special = {token: n for n, token in enumerate(tokens) if types[n] in (CONTROL, UNKNOWN)}
+    _add_whole_tokens(backend, special, [token for n, token in enumerate(tokens) if types[n] == USER_DEFINED])
+
+    add_bos = keys.scalar("tokenizer.ggml.add_bos_token", bool)
+    if add_bos is None:  # files from before the flag: what llama.cpp assumes
+        add_bos = kind == "llama" or PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].whole
+    return GgufTokenizer(
+        backend=backend,
+        bos_id=bos,
+        eos_id=eos,
+        add_bos=add_bos and bos is not None,
+        special=special,
+        end_ids=frozenset(number for number in (eos, eot, eom) if number is not None),
+    )
+
+
+def _add_whole_tokens(backend: Tokenizer, special: Mapping[str, int], user_defined: Sequence[str]) -> None:
+    """Tokens that are found in the text before it is cut into words: control tokens and user-defined ones."""
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    known = (token for token in user_defined if backend.token_to_id(token) is not None)  # runs of spaces are respelled
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in known])
+
+
+def _numbered(keys: _Keys, tokens: Sequence[str]) -> dict[str, int]:
+    """Token -> id; every token once."""
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        number = next(n for n, token in enumerate(tokens) if vocabulary[token] != n)
+        raise keys.error("tokenizer.ggml.tokens", f"holds {tokens[number]!r:.60} twice, first as token {number}")
+    return vocabulary
+
+
+def _byte_level(keys: _Keys, tokens: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE from tokens and merges."""
+    name = keys.scalar("tokenizer.ggml.pre", str)
+    split = PRE_TOKENIZERS.get(name)
+    if split is None:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        what = "is missing" if name is None else f"{name!r} is not known"
+        raise keys.error("tokenizer.ggml.pre", what, f"it says how text is cut into words; known are {known}")
+    vocabulary = _numbered(keys, tokens)
+    merges = []
+    for number, merge in enumerate(keys.array("tokenizer.ggml.merges", (str,))):
+        left, space, right = merge.partition(" ")
+        if not (space and left in vocabulary and right in vocabulary and left + right in vocabulary):
+            raise keys.error(f"tokenizer.ggml.merges[{number}]", f"{merge!r:.60} does not join two tokens into a third")
+        merges.append((left, right))
+
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.whole))
+    if split.nfc:
+        backend.normalizer = normalizers.NFC()
+    cuts: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
+    if split.digits:
+        cuts.append(pre_tokenizers.Digits(individual_digits=True))
+    cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.gpt2))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(cuts)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(keys: _Keys, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
+    """SentencePiece BPE from tokens, scores and types; what no piece covers falls back to byte tokens."""
+    scores = keys.array("tokenizer.ggml.scores", (float, int), len(tokens))
+    if any(math.isnan(score) for score in scores):
+        raise keys.error("tokenizer.ggml.scores", "holds NaN")
+    # Runs of spaces are stored as spaces; the text will hold "▁" for them by then.
+    pieces = ["▁" * len(token) if token and not token.strip(" ") else token for token in tokens]
+    vocabulary = _numbered(keys, pieces)
+    unknown = keys.token_id("tokenizer.ggml.unknown_token_id", len(tokens))
+    if unknown is None and not all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
+        raise keys.error("tokenizer.ggml.tokens", "lacks byte tokens, and no unknown token is named for what they covered")
+
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary,
+            merges=_recovered_merges(pieces, types, scores),
+            unk_token=None if unknown is None else pieces[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    spaces: list[Any] = [normalizers.Replace(" ", "▁")]
+    text: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if keys.scalar("tokenizer.ggml.add_space_prefix", bool) is not False:
+        spaces.insert(0, normalizers.Prepend("▁"))
+        text.append(decoders.Strip(" ", left=1))
+    backend.normalizer = normalizers.Sequence(spaces)
+    backend.decoder = decoders.Sequence(text)
+    return backend
+
+
+def _recovered_merges(pieces: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every cut of a piece into two pieces, best piece first.
+
+    Only normal and user-defined pieces take part: a control token must never grow out of plain text. SentencePiece
+    takes user-defined pieces before it merges anything, so they rank above every score. Of the cuts of one piece the
+    one with the longest left part comes first.
+    """
+    joinable = {piece for piece, kind in zip(pieces, types, strict=True) if kind in (NORMAL, USER_DEFINED)}
+    ranks = [-math.inf if kind == USER_DEFINED else -score for kind, score in zip(types, scores, strict=True)]
+    return [
+        (left, right)
+        for number in sorted(range(len(pieces)), key=ranks.__getitem__)
+        if (piece := pieces[number]) in joinable
+        for cut in range(len(piece) - 1, 0, -1)
+        if (left := piece[:cut]) in joinable and (right := piece[cut:]) in joinable
+    ]

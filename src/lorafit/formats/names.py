@@ -1,0 +1,290 @@
+"""A GGUF file in Hugging Face's terms: the names of its tensors, what was done to them, and its configuration.
+
+    blk.3.attn_q.weight          model.layers.3.self_attn.q_proj.weight      llama: rows interleaved within heads
+    blk.3.post_ffw_norm.weight   model.layers.3.post_feedforward_layernorm.weight      gemma3: stored plus one
+
+Supported are the architectures of `FAMILIES`; the rest is refused by name. Sources: gguf-py's tensor names,
+llama.cpp's conversion of each family, and its defaults for keys that a file leaves out.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafit.errors import ModelError
+from lorafit.formats.gguf import GgufFile
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+GEMMA_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one GGUF architecture is called in transformers, and how its files differ from transformers' weights."""
+
+    model_type: str
+    layer: dict[str, str]
+    """Module names within a layer: GGUF's to Hugging Face's."""
+    interleaved: bool = False
+    """Rows of q and k come in the order of ggml's rotary embedding: (0, half, 1, half + 1, ...) within each head."""
+    norms_plus_one: bool = False
+
+
+FAMILIES = {
+    "llama": Family("llama", LAYER, interleaved=True),
+    "qwen2": Family("qwen2", LAYER),
+    "qwen3": Family("qwen3", LAYER | HEAD_NORMS),
+    "gemma3": Family("gemma3_text", LAYER | HEAD_NORMS | GEMMA_NORMS, norms_plus_one=True),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one parameter lies in the file."""
+
+    tensor: str
+    """Its GGUF name."""
+    shape: tuple[int, ...]
+    heads: int = 0
+    """Heads whose rows are interleaved; 0: rows are in Hugging Face's order."""
+    plus: float = 0.0
+    """What the file's values have too much."""
+
+    def row_order(self) -> np.ndarray | None:
+        """The file's row for each row of the parameter, (rows,) int64; None where they are the same."""
+        if not self.heads:
+            return None
+        return np.arange(self.shape[0]).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def load(self, gguf: GgufFile, unpack: Callable[[Tensor, str], Tensor]) -> Tensor:
+        """The parameter, fp32, in its shape; `unpack` is kernels.unpack.unpack or a faster twin."""
+        tensor = gguf.tensors[self.tensor]
+        values = unpack(torch.from_dlpack(tensor.data), tensor.type.name).reshape(self.shape)
+        order = self.row_order()
+        if order is not None:
+            values = values[torch.from_numpy(order)]
+        return values - self.plus if self.plus else values
+
+
+def hf_names(architecture: str, n_layers: int) -> dict[str, str]:
+    """Every tensor name that a file of this architecture may hold, with its parameter's name."""
+    modules = dict(TOP)
+    for layer in range(n_layers):
+        for gguf_name, name in FAMILIES[architecture].layer.items():
+            modules[f"blk.{layer}.{gguf_name}"] = f"model.layers.{layer}.{name}"
+    return {f"{old}.{kind}": f"{new}.{kind}" for old, new in modules.items() for kind in ("weight", "bias")}
+
+
+def entries(gguf: GgufFile) -> dict[str, Entry]:
+    """The file's tensors by Hugging Face parameter name; one that has no such name stands under its own.
+
+    Raises ModelError for an unsupported architecture and for q or k rows that do not divide into heads.
+    """
+    architecture = family_of(gguf)
+    family = FAMILIES[architecture]
+    names = hf_names(architecture, _count(gguf, f"{architecture}.block_count"))
+    heads = {"attn_q": _count(gguf, f"{architecture}.attention.head_count")}
+    heads["attn_k"] = _count(gguf, f"{architecture}.attention.head_count_kv", heads["attn_q"])
+    found = {}
+    for tensor in gguf.tensors.values():
+        if tensor.name == ROPE_FACTORS and architecture == "llama":
+            continue  # part of the configuration
+        module = tensor.name.split(".")[-2:][0]
+        interleaved = heads.get(module, 0) if family.interleaved else 0
+        if interleaved and tensor.shape[0] % (2 * interleaved):
+            what = f"has {tensor.shape[0]} rows, which {interleaved} heads of even size do not divide"
+            raise ModelError(f"{gguf.path}: {tensor.name}", what, "the file is damaged; convert it again")
+        plus = 1.0 if family.norms_plus_one and module.endswith("norm") else 0.0
+        found[names.get(tensor.name, tensor.name)] = Entry(tensor.name, tensor.shape, interleaved, plus)
+    return found
+
+
+def family_of(gguf: GgufFile) -> str:
+    """The file's architecture, a key of FAMILIES. Raises ModelError, with the nearest supported one, for another."""
+    kind = gguf.value("general.type", str, "model")
+    if kind != "model":
+        raise ModelError(f"{gguf.path}: general.type", f"is {kind!r}, not a model", "give the base model's file")
+    if gguf.value("split.count", int, 1) > 1:
+        what = f"the model is split into {gguf.metadata['split.count']} files"
+        raise ModelError(f"{gguf.path}: split.count", what, "join them with llama-gguf-split --merge")
+    architecture = gguf.value("general.architecture", str)
+    if architecture not in FAMILIES:
+        near = difflib.get_close_matches(architecture, FAMILIES, 1)
+        remedy = f"the nearest supported one is {near[0]}" if near else f"supported: {', '.join(FAMILIES)}"
+        raise ModelError(f"{gguf.path}: general.architecture", f"{architecture!r} is not supported yet", remedy)
+    experts = next((name for name in gguf.tensors if "_exps." in name or ".ffn_gate_inp." in name), "")
+    if experts or gguf.value(f"{architecture}.expert_count", int, 0):
+        place = experts or f"{architecture}.expert_count"
+        raise ModelError(f"{gguf.path}: {place}", "experts are not supported yet", "use a model without experts")
+    return architecture
+
+
+def hf_config(gguf: GgufFile) -> dict[str, Any]:
+    """The fields of the transformers configuration, `model_type` among them, from the file's metadata.
+
+    Raises ModelError for a key that is missing, of the wrong type, impossible, or not supported.
+    """
+    architecture = family_of(gguf)
+    key = f"{architecture}.{{}}".format
+    hidden, heads = _count(gguf, key("embedding_length")), _count(gguf, key("attention.head_count"))
+    kv_heads = _count(gguf, key("attention.head_count_kv"), heads)
+    for name, total, parts in (("head_count", hidden, heads), ("head_count_kv", heads, kv_heads)):
+        if total % parts:
+            raise ModelError(f"{gguf.path}: {key(f'attention.{name}')}", f"is {parts}, which does not divide {total}")
+    if "token_embd.weight" not in gguf.tensors:
+        raise ModelError(f"{gguf.path}: token_embd.weight", "is missing", "the file holds no whole model")
+    head_dim, vocabulary = _head_dim(gguf, hidden // heads), gguf.tensors["token_embd.weight"].shape[0]
+    config: dict[str, Any] = {
+        "model_type": FAMILIES[architecture].model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": _count(gguf, key("feed_forward_length")),
+        "num_hidden_layers": _count(gguf, key("block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": _count(gguf, key("context_length")),
+        "rms_norm_eps": _shortest(gguf.value(key("attention.layer_norm_rms_epsilon"), float)),
+        "rope_parameters": _rope(gguf, architecture, head_dim),
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        **{f"{token}_token_id": _token(gguf, name, vocabulary) for token, name in TOKENS.items()},
+    }
+    if architecture != "qwen2":  # whose attention always has biases
+        config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
+    if architecture == "llama":
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
+    return config | (_gemma3(gguf, config) if architecture == "gemma3" else {})
+
+
+TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+GEMMA3_27B_LAYERS = 62  # llama.cpp knows this size by its layers: its queries are scaled by the model's width
+
+
+def _gemma3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    period = _count(gguf, "gemma3.attention.sliding_window_pattern", 6)
+    base = gguf.value("gemma3.rope.freq_base_swa", float, 10000.0)
+    softcap = gguf.value("gemma3.final_logit_softcapping", float, 0.0)
+    return {
+        "sliding_window": _count(gguf, "gemma3.attention.sliding_window"),
+        "layer_types": ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)],
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": _shortest(base)},
+        },
+        "query_pre_attn_scalar": config["hidden_size"] // heads if layers == GEMMA3_27B_LAYERS else config["head_dim"],
+        "final_logit_softcapping": _shortest(softcap) or None,
+    }
+
+
+def _count(gguf: GgufFile, key: str, default: int | None = None) -> int:
+    """A positive integer; layers are no more than the file's tensors, since work and memory follow from them."""
+    value = gguf.value(key, int, default)
+    most = len(gguf.tensors) if key.endswith(".block_count") else 1 << 31
+    if not 0 < value <= most:
+        raise ModelError(f"{gguf.path}: {key}", f"is {value}, not 1 to {most}", "the file is damaged; convert it again")
+    return value
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same fp32, as the original configuration had it: 1e-05, not 9.99999975e-06."""
+    return float(str(np.float32(value)))
+
+
+def _token(gguf: GgufFile, name: str, vocabulary: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    if key not in gguf.metadata:
+        return None
+    value = gguf.value(key, int)
+    if not 0 <= value < vocabulary:
+        raise ModelError(f"{gguf.path}: {key}", f"is {value}, and the vocabulary has {vocabulary} tokens")
+    return value
+
+
+def _head_dim(gguf: GgufFile, usual: int) -> int:
+    """Features of a head; queries, keys and values must have the same number, all of them rotated."""
+    architecture = gguf.metadata["general.architecture"]
+    head_dim = _count(gguf, f"{architecture}.attention.key_length", usual)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        value = _count(gguf, f"{architecture}.{name}", head_dim)
+        if value != head_dim:
+            what = f"is {value} where a key has {head_dim} features, which is not supported yet"
+            raise ModelError(f"{gguf.path}: {architecture}.{name}", what)
+    if head_dim % 2:
+        raise ModelError(f"{gguf.path}: {architecture}.attention.key_length", f"is {head_dim}, which is odd")
+    return head_dim
+
+
+def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
+    """transformers' `rope_parameters`."""
+    prefix = f"{architecture}.rope."
+    theta = _shortest(gguf.value(f"{prefix}freq_base", float, 10000.0))
+    kind = gguf.value(f"{prefix}scaling.type", str, "none")
+    if kind == "none":
+        if architecture == "llama" and ROPE_FACTORS in gguf.tensors:
+            return _llama3_rope(gguf, theta, head_dim)
+        return {"rope_type": "default", "rope_theta": theta}
+    read = {"type", "factor", "original_context_length", "finetuned"}
+    other = sorted(
+        key for key in gguf.metadata if key.startswith(f"{prefix}scaling.") and key.split(".")[-1] not in read
+    )
+    if kind not in ("linear", "yarn") or other:
+        place = other[0] if other else f"{prefix}scaling.type"
+        raise ModelError(f"{gguf.path}: {place}", f"rotary scaling {kind!r} with it is not supported yet")
+    rope = {"rope_type": kind, "rope_theta": theta}
+    rope["factor"] = _shortest(gguf.value(f"{prefix}scaling.factor", float))
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = _count(gguf, f"{prefix}scaling.original_context_length")
+    return rope
+
+
+LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0  # the same in every model of the Llama 3 series
+
+
+def _llama3_rope(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
+    """Llama 3's scaling, which a file holds as the divisor of each frequency; the largest one is its factor.
+
+    Raises ModelError when the divisors are not those that the factor gives.
+    """
+    tensor = gguf.tensors[ROPE_FACTORS]
+    stored = tensor.data.reshape(-1).view("<f4") if tensor.type.name == "F32" else np.empty(0)
+    factor = _shortest(stored.max(initial=1.0))
+    turns = LLAMA3_CONTEXT * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    smooth = ((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)).clip(0, 1)
+    if stored.shape != turns.shape or not np.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
+        raise ModelError(
+            f"{gguf.path}: {ROPE_FACTORS}", "is not Llama 3's rotary scaling, which alone is supported yet"
+        )
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": LLAMA3_LOW,
+        "high_freq_factor": LLAMA3_HIGH,
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
+    }

@@ -1,0 +1,104 @@
+"""Which weights a model has: architecture, shapes, and values at fixed sampled places.
+
+Two files of the same weights in different formats have different bytes, so a hash cannot say that they belong
+together. Values can: sampled from the dequantised tensors, they agree within the formats' rounding. Vectors (norms)
+are stored exactly in every format and give a sharp test; matrices a wide one where a quantised format is involved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.frozen.weight import FrozenWeight
+
+TENSORS, VALUES = 8, 24  # sampled matrices, as many vectors, and values of each
+SAME = 0.005  # relative difference that bf16 rounding explains (its half step is 0.004)
+QUANTISED = 0.2  # relative difference that 4-bit rounding explains (measured: 0.08 for Q4_0 of normal weights)
+EXACT_FORMATS = ("F32", "F16", "BF16", "FP32", "FP16")
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """JSON-ready fingerprint of a model's frozen weights; the adapters on it do not count."""
+    tensors = dict(_frozen_tensors(model))
+    shapes = {name: list(_shape(tensor)) for name, tensor in tensors.items()}
+    chosen = []
+    for dimensions in (1, 2):
+        names = sorted(name for name, shape in shapes.items() if len(shape) == dimensions)
+        chosen += [names[i * len(names) // TENSORS] for i in range(TENSORS)] if len(names) > TENSORS else names
+    return {
+        "architecture": str(getattr(getattr(model, "config", None), "model_type", type(model).__name__)),
+        "shapes": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest(),
+        "samples": {name: {"format": _format(tensors[name]), "values": _sample(tensors[name])} for name in chosen},
+    }
+
+
+def digest(print_: dict[str, Any]) -> str:
+    """One short text for a fingerprint, equal only if every sampled bit is."""
+    return hashlib.sha256(json.dumps(print_, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def difference(stored: dict[str, Any], own: dict[str, Any]) -> tuple[bool, str]:
+    """(whether the weights are the same, what differs or ""): a text with True means another format of the same.
+
+    Raises KeyError or TypeError when `stored` is no fingerprint.
+    """
+    if stored["architecture"] != own["architecture"]:
+        return False, f"it was trained on a {stored['architecture']} model and this is {own['architecture']}"
+    if stored["shapes"] != own["shapes"] or stored["samples"].keys() != own["samples"].keys():
+        return False, "it was trained on a model with other tensor shapes"
+    note = ""
+    for name, theirs in stored["samples"].items():
+        ours = own["samples"][name]
+        gap = _relative(theirs["values"], ours["values"])
+        formats = f"{theirs['format']} there, {ours['format']} here"
+        lossy = {theirs["format"], ours["format"]} - set(EXACT_FORMATS)
+        if gap > (QUANTISED if lossy and theirs["format"] != ours["format"] else SAME):
+            return False, f"it was trained on other weights: {name} differs by {gap:.1%} ({formats})"
+        if theirs["format"] != ours["format"]:
+            note = f"same weights in another format ({name}: {formats})"
+    return True, note
+
+
+def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, FrozenWeight | Tensor]]:
+    seen = set()
+    for path, module in model.named_modules():
+        name = path.replace(".base.", ".")
+        if isinstance(module, FrozenWeight):
+            seen.add(id(module.matrix) if hasattr(module, "matrix") else id(module))
+            yield name, module
+            continue
+        for part, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen and not path.endswith(".adapter"):
+                yield f"{name}.{part}".replace(".base.", "."), parameter
+
+
+def _shape(tensor: FrozenWeight | Tensor) -> tuple[int, ...]:
+    return (tensor.out_features, tensor.in_features) if isinstance(tensor, FrozenWeight) else tuple(tensor.shape)
+
+
+def _format(tensor: FrozenWeight | Tensor) -> str:
+    return tensor.source_format if isinstance(tensor, FrozenWeight) else "F32"
+
+
+def _sample(tensor: FrozenWeight | Tensor) -> list[float]:
+    """VALUES values at evenly spread places, from one row each of a matrix."""
+    if isinstance(tensor, FrozenWeight):
+        rows, columns = tensor.out_features, tensor.in_features
+        buffer = torch.empty(1, columns)
+        places = [(i * rows // VALUES, (i * 7919) % columns) for i in range(VALUES)]
+        found = [tensor.rows(row, row + 1, buffer)[0, column].item() for row, column in places]
+    else:
+        flat = tensor.detach().flatten()
+        found = [flat[i * len(flat) // VALUES].float().item() for i in range(min(VALUES, len(flat)))]
+    return [float(f"{value:.6g}") for value in found]
+
+
+def _relative(a: list[float], b: list[float]) -> float:
+    left, right = torch.tensor(a), torch.tensor(b)
+    return float((left - right).norm() / (left.norm() + 1e-12))

@@ -1,0 +1,108 @@
+"""What a path is, and what this machine offers: `lorafit info` and `lorafit doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lorafit import machine
+from lorafit.errors import ConfigError
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts about a model, adapter, run or checkpoint. Raises ConfigError for anything else."""
+    if path.is_file():
+        return _model(path)
+    for name, reader in (("run.yaml", _run), ("adapter_config.json", _adapter), ("state.json", _checkpoint)):
+        if (path / name).is_file():
+            return reader(path)
+    if (path / "config.json").is_file():
+        return _model(path)
+    what = "does not exist" if not path.exists() else "is no model, adapter, run or checkpoint"
+    raise ConfigError(str(path), what, "give a .gguf file, a model folder, an adapter or a run's folder")
+
+
+def _model(path: Path) -> dict[str, Any]:
+    from lorafit.model.sources import open_source
+
+    source = open_source(path)
+    parameters = sum(_size(shape) for shape in source.shapes.values())
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
+            "vocab_size", "max_position_embeddings")  # fmt: skip
+    tokenizer = source.tokenizer(None)
+    return {
+        "kind": "model",
+        "architecture": source.config["model_type"],
+        "parameters": parameters,
+        "bytes_by_format": source.bytes_by_format(),
+        **{key: source.config[key] for key in keys if key in source.config},
+        "chat_template": tokenizer.has_template,
+        "tokenizer": tokenizer.fingerprint(),
+    }
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    from lorafit.errors import AdapterError
+    from lorafit.formats.safetensors import open_file
+
+    config = json.loads((path / "adapter_config.json").read_text())
+    shapes = open_file(path / "adapter_model.safetensors", AdapterError).shapes
+    ours = path / "lorafit.json"
+    about = json.loads(ours.read_text()) if ours.is_file() else {}
+    return {
+        "kind": "adapter",
+        "base": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "target_modules": config.get("target_modules"),
+        "tensors": len(shapes),
+        "parameters": sum(_size(shape) for shape in shapes.values()),
+        "architecture": about.get("base", {}).get("architecture"),
+        "data": about.get("data"),
+        "fingerprints": {key: about.get(key) for key in ("tokenizer", "template")},
+    }
+
+
+def _run(path: Path) -> dict[str, Any]:
+    from lorafit.config import read_yaml
+    from lorafit.train.checkpoint import Checkpoints
+
+    report = path / "report.json"
+    keys = ("base_loss", "adapter_loss", "steps", "tokens", "training_seconds", "peak_memory_bytes")
+    figures = json.loads(report.read_text()) if report.is_file() else {}
+    return {
+        "kind": "run",
+        "finished": report.is_file(),
+        "checkpoints": Checkpoints(path).steps(),
+        "figures": {key: figures[key] for key in keys if key in figures},
+        "settings": read_yaml(path / "run.yaml"),
+    }
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from lorafit.formats.folders import complete
+
+    state = json.loads((path / "state.json").read_text())
+    return {"kind": "checkpoint", "complete": complete(path), **state["progress"], "identity": state["identity"]}
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+def doctor() -> dict[str, Any]:
+    """The machine, the versions, and which kernels run and why."""
+    fast = machine.fast_bf16()
+    return {
+        "machine": machine.describe(),
+        "memory": {"available_bytes": machine.available_memory()},
+        "versions": machine.versions(),
+        "compute": "bf16" if fast else "fp32",
+        "why": "the processor has fast bf16 products" if fast else "the processor has no fast bf16 products",
+        "kernels": "torch operators; weights are unpacked when the model is loaded (no native library yet)",
+        "gpu": "not used yet",
+    }

@@ -1,0 +1,133 @@
+"""A model file or folder becomes a frozen transformers model: built without memory, then filled tensor by tensor.
+
+transformers gives the definition; every linear layer and the embedding are replaced by ours over a `FrozenWeight`,
+attention goes through the registry by name, and nothing of the library is patched. The set of tensors in the file must
+be exactly the set that the model has: missing, unexpected and mis-shaped ones are errors, all reported at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lorafit.errors import Faults, LorafitError, ModelError
+from lorafit.formats.tokenizer import TextTokenizer
+from lorafit.frozen.dense import DenseWeight
+from lorafit.frozen.linear import FrozenEmbedding, FrozenLinear
+from lorafit.model import attention
+from lorafit.model.head import Head
+from lorafit.model.sources import WeightSource
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model, ready for an adapter; `model.tokenizer` is its tokenizer."""
+
+    model: PreTrainedModel
+    head: Head
+    tokenizer: TextTokenizer
+    formats: dict[str, int]
+    """Bytes in the file by tensor format, for `info` and the report."""
+
+
+def context_of(source: WeightSource) -> int:
+    """Tokens that the model was made for."""
+    return int(AutoConfig.for_model(**source.config).max_position_embeddings)
+
+
+def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute: str) -> Base:
+    """The model of `source` with frozen weights, in eval mode.
+
+    base, compute: "bf16" or "fp32": how weights are stored, and what products run in. Raises ModelError (or Faults)
+    for anything that does not fit.
+    """
+    model = build(source, DTYPES[base], DTYPES[compute])
+    rows = model.get_input_embeddings().weight.out_features  # type: ignore[union-attr]
+    if tokenizer.vocab_size > rows:
+        what = f"has {tokenizer.vocab_size} tokens and the embedding {rows} rows"
+        raise ModelError(f"{source.place}: tokenizer", what, "use the tokenizer that belongs to the model")
+    model.tokenizer = tokenizer
+    return Base(model, head_of(model), tokenizer, source.bytes_by_format())
+
+
+def build(source: WeightSource, base: torch.dtype, compute: torch.dtype) -> PreTrainedModel:
+    """The frozen model of a source, streaming: one tensor above the result at most."""
+    config = AutoConfig.for_model(**source.config)
+    config.use_cache = False  # with a cache, packed documents would not be kept apart
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register(), dtype=compute)
+    if config.tie_word_embeddings:
+        source.shapes.pop("lm_head.weight", None)  # some exports repeat the tied matrix
+    check_tensors(model, source)
+    _fill_buffers(model)
+    embedding: DenseWeight | None = None
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding):
+            embedding = _weight(source, f"{path}.weight", base)
+            scale = float(getattr(module, "scalar_embed_scale", 1.0))
+            _replace(model, path, FrozenEmbedding(embedding, compute, scale))
+        elif isinstance(module, nn.Linear):
+            tied = f"{path}.weight" not in source.shapes
+            weight = embedding if tied else _weight(source, f"{path}.weight", base)
+            assert weight is not None, "a tied head needs an embedding before it"
+            bias = source.load(f"{path}.bias").to(compute) if module.bias is not None else None
+            _replace(model, path, FrozenLinear(weight, bias))
+        else:
+            for name, _ in module.named_parameters(recurse=False):
+                value = source.load(f"{path}.{name}").to(compute)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    source.adjust(model)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, f"tensors without values: {left}"
+    return model.eval()
+
+
+def check_tensors(model: PreTrainedModel, source: WeightSource) -> None:
+    """Every tensor that the model has must be in the source, with its shape, and none besides."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+    found = {name: shape for name, shape in source.shapes.items() if not source.ignorable(name)}
+    faults: list[LorafitError] = []
+    for name in expected.keys() - found.keys():
+        faults.append(ModelError(f"{source.place}: {name}", "is missing", "the file is incomplete"))
+    for name in found.keys() - expected.keys():
+        faults.append(ModelError(f"{source.place}: {name}", f"has no place in a {model.config.model_type} model"))
+    for name in expected.keys() & found.keys():
+        if expected[name] != found[name]:
+            what = f"has shape {list(found[name])}, the configuration says {list(expected[name])}"
+            faults.append(ModelError(f"{source.place}: {name}", what))
+    if faults:
+        raise Faults(sorted(faults, key=str)) if len(faults) > 1 else faults[0]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output matrix and what this family does to its logits."""
+    config: PretrainedConfig = model.config
+    multiplier = 1.0 / getattr(config, "logits_scaling", 1.0)
+    return Head(model.lm_head.weight, multiplier, getattr(config, "final_logit_softcapping", None))
+
+
+def _weight(source: WeightSource, name: str, dtype: torch.dtype) -> DenseWeight:
+    return DenseWeight(source.load(name).to(dtype), source.format(name))
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Values for the buffers that no file holds (rotary frequencies), by transformers' own initialisation."""
+    for module in model.modules():
+        buffers: dict[str, Tensor | None] = module._buffers
+        if any(buffer is not None and buffer.is_meta for buffer in buffers.values()):
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    buffers[name] = torch.empty_like(buffer, device="cpu")
+            model._init_weights(module)

@@ -1,0 +1,308 @@
+"""Training from a model file and examples to an adapter: `train` reads from top to bottom as the data flows."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafit import console, machine
+from lorafit.adapter.attach import adapted_layers, attach
+from lorafit.adapter.file import load_adapter, save_adapter
+from lorafit.config import Resolved, TrainConfig, field_types, from_values, read_yaml, to_yaml
+from lorafit.data.chat import TokenRow
+from lorafit.data.records import Record
+from lorafit.data.rows import Rows
+from lorafit.data.split import overlap, split
+from lorafit.errors import ConfigError, Faults, ResumeError
+from lorafit.evaluate.heldout import held_out
+from lorafit.evaluate.report import finish_report
+from lorafit.formats.folders import file_hash, write_text_atomically
+from lorafit.formats.tokenizer import TextTokenizer
+from lorafit.frozen.fingerprint import digest, fingerprint
+from lorafit.inputs import read_rows, read_template
+from lorafit.model.load import Base, context_of, load_base
+from lorafit.model.sources import open_source
+from lorafit.settings import settle_for_data, settle_for_machine
+from lorafit.train.checkpoint import Checkpoints, Progress, single_writer
+from lorafit.train.loop import Plan, Run, StopRequest, fit
+from lorafit.train.metrics import Metrics
+
+OURS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "report.html", "report.json", ".lock")
+PATHS = ("model", "data", "eval", "out", "template", "init_adapter")  # may move; what they hold may not change
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run gives: `adapter` is its folder, `report` is report.json."""
+
+    adapter: Path
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to start: model with adapter, rows, and what both are."""
+
+    resolved: Resolved
+    plan: Plan
+    base: Base
+    data: Rows
+    training: list[TokenRow]
+    evaluation: list[TokenRow]
+    identity: dict[str, Any]
+
+
+def train(resolved: Resolved, *, overwrite: bool = False, started: float | None = None) -> Result:
+    """Train an adapter; everything that can be wrong is found before OUT is touched.
+
+    started: time.perf_counter() of the command's start, for the report. Raises LorafitError's family.
+    """
+    started = time.perf_counter() if started is None else started
+    out = Path(resolved.config.out)
+    _check_free(out, overwrite)
+    job = prepare(resolved)
+    _describe(job)
+    _clear(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with single_writer(out):
+        write_text_atomically(out / "run.yaml", to_yaml(job.resolved, {"identity": job.identity}))
+        return _execute(job, out, started)
+
+
+def resume(out: Path, changes: dict[str, Any] | None = None, *, started: float | None = None) -> Result:
+    """Go on with the run in `out` from its newest complete checkpoint, or from step 0 if there is none.
+
+    Everything that changes bits is read from run.yaml. Raises ResumeError, showing the difference, when the base,
+    tokenizer, template, data or settings are not what they were, or `changes` asks for other settings.
+    """
+    started = time.perf_counter() if started is None else started
+    if not (out / "run.yaml").is_file():
+        raise ResumeError(str(out), "holds no run.yaml", "give the folder of a run that was started")
+    values = read_yaml(out / "run.yaml")
+    identity = values.pop("identity", None)
+    stored = from_values(values, str(out / "run.yaml"))
+    stored["out"] = str(out)
+    config = TrainConfig(**stored)
+    _refuse_changes("option", {k: getattr(config, k) for k in changes or {}}, changes or {})
+    with single_writer(out):
+        job = prepare(Resolved(config, dict.fromkeys(field_types(), "run.yaml")))
+        _refuse_changes(str(out / "run.yaml"), identity or {}, job.identity)
+        return _execute(job, out, started)
+
+
+def prepare(resolved: Resolved) -> Job:
+    """From settings to a model with its adapter and token rows; nothing is written."""
+    resolved = settle_for_machine(resolved)
+    config = resolved.config
+    torch.set_num_threads(int(config.threads or 1))
+    source = open_source(Path(config.model))
+    tokenizer = source.tokenizer(read_template(config.template))
+    data, records = read_rows(config.data, tokenizer, config, context_of(source))
+    if config.eval:
+        held, held_records = read_rows(config.eval, tokenizer, config, context_of(source))
+        training, evaluation = data.rows, held.rows
+        _warn_overlap(records, held_records)
+    else:
+        training, evaluation = split(data.rows, config.eval_fraction, key=TokenRow.content_hash)
+    if not training:
+        raise ConfigError(", ".join(config.data), "leaves no row with a trained token", "raise --max-length")
+    resolved, plan = settle_for_data(resolved, training, data.max_length, source.config)
+    base = load_base(source, tokenizer, resolved.config.base, resolved.config.compute)
+    base_digest = digest(fingerprint(base.model))
+    if config.init_adapter:
+        _start_from(base, config)
+    else:
+        attach(
+            base.model, config.rank, config.alpha, config.targets, dropout=config.dropout, seed=config.seed
+        )  # fmt: skip
+    return Job(resolved, plan, base, data, training, evaluation, _identity(resolved.config, base_digest, tokenizer))
+
+
+def _execute(job: Job, out: Path, started: float) -> Result:
+    """From the newest checkpoint to the end of the run, then the adapter and the report."""
+    checkpoints = Checkpoints(out)
+    start, damaged = checkpoints.newest()
+    for name in damaged:
+        console.warn(f"{name} is damaged and was skipped")
+    if start is not None:
+        _refuse_changes(f"checkpoint {start.progress.step}", start.identity, job.identity)
+        console.say(f"going on after step {start.progress.step}")
+    config, base = job.resolved.config, job.base
+    metrics = Metrics(out / "metrics.jsonl", start.progress.step if start else 0)
+    progress_bar = console.Steps(job.plan.steps)
+    run = Run(
+        config=config,
+        plan=job.plan,
+        model=base.model,
+        head=base.head,
+        rows=job.training,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        identity=job.identity,
+        evaluate=(lambda: held_out(base.model, base.head, job.evaluation, config.micro_batch_tokens).loss)
+        if job.evaluation
+        else None,
+        report=progress_bar.line,
+        memory=machine.memory_bytes,
+    )
+    try:
+        with _signals(run.stop), progress_bar:
+            progress = fit(run, start)
+    finally:
+        metrics.close()
+    return _finish(job, run, progress, out, started)
+
+
+def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float) -> Result:
+    """The best checkpoint's adapter into OUT/adapter, then the report."""
+    best = run.checkpoints.read(progress.best_step)
+    with torch.no_grad():
+        for path, layer in adapted_layers(job.base.model):
+            layer.adapter.A.copy_(best.adapter[f"{path}.A"])
+            layer.adapter.B.copy_(best.adapter[f"{path}.B"])
+    about: dict[str, Any] = {"base_model": job.resolved.config.model}
+    about |= {key: job.identity[key] for key in ("tokenizer", "template", "data")}
+    about["figures"] = {"steps": progress.best_step}
+    if progress.best_loss is not None:
+        about["figures"]["held-out loss"] = f"{progress.best_loss:.4f}"
+    save_adapter(job.base.model, out / "adapter", about)
+    report = finish_report(
+        out,
+        base=job.base,
+        data=job.data,
+        evaluation=job.evaluation,
+        budget=job.resolved.config.micro_batch_tokens,
+        save_seconds=run.save_seconds,
+        started=started,
+    )
+    _farewell(out, report)
+    return Result(out / "adapter", report)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError("--out", f"{out} is a file", "name a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ConfigError("--out", f"{out} is not empty", "name another folder, or give --overwrite")
+
+
+def _clear(out: Path) -> None:
+    """Remove an earlier run's files, and nothing that lorafit did not write."""
+    for name in OURS:
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _warn_overlap(records: list[Record], held: list[Record]) -> None:
+    pairs = overlap(records, held)
+    if pairs:
+        console.warn(f"{len(pairs)} evaluation rows are training rows too, for example {' = '.join(pairs[0])}")
+
+
+def _start_from(base: Base, config: TrainConfig) -> None:
+    """Go on from an adapter on disk; its shapes rule, and this run's dropout."""
+    for note in load_adapter(base.model, str(config.init_adapter)):
+        console.say(note)
+    for _, layer in adapted_layers(base.model):
+        layer.adapter.dropout.p = config.dropout
+
+
+def _identity(config: TrainConfig, base: str, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What must be equal for a run to go on: contents by hash, settings by value."""
+    settings = {name: getattr(config, name) for name in field_types() if name not in PATHS}
+    settings["targets"] = list(config.targets)
+    files = {"data": config.data, "evaluation": config.eval}
+    init = Path(config.init_adapter or "") / "adapter_model.safetensors"
+    return {
+        "base": base,
+        "tokenizer": tokenizer.fingerprint(),
+        "template": tokenizer.template_fingerprint(),
+        **{key: _hash_files(paths) for key, paths in files.items()},
+        "init_adapter": file_hash(init)[:16] if config.init_adapter else None,
+        "settings": settings,
+    }
+
+
+def _hash_files(paths: tuple[str, ...]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in map(Path, paths):
+        members = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        found |= {member.name: file_hash(member)[:16] for member in members}
+    return found
+
+
+def _refuse_changes(place: str, stored: dict[str, Any], now: dict[str, Any]) -> None:
+    """One ResumeError line for each difference between what a run was and what it is now."""
+    faults = []
+    for key in sorted(stored.keys() | now.keys()):
+        was, is_ = stored.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_, dict):
+            differing = [k for k in sorted(was.keys() | is_.keys()) if was.get(k) != is_.get(k)]
+            faults += [ResumeError(f"{place}: {key}.{k}", f"was {was.get(k)}, is {is_.get(k)}") for k in differing]
+        elif was != is_:
+            faults.append(ResumeError(f"{place}: {key}", f"was {was}, is {is_}", "put it back, or start a new run"))
+    if faults:
+        raise Faults(faults) if len(faults) > 1 else faults[0]
+
+
+@contextmanager
+def _signals(stop: StopRequest) -> Iterator[None]:
+    """SIGINT and SIGTERM end the run after the step in hand; a second one ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: object) -> None:
+        stop.signal_number = number
+        console.say("finishing this step, then saving; once more ends it at once")
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _describe(job: Job) -> None:
+    """What is about to happen, and every value that was chosen rather than given."""
+    config, counts = job.resolved.config, job.data.counts
+    layers = list(adapted_layers(job.base.model))
+    trainable = sum(p.numel() for _, layer in layers for p in layer.adapter.parameters())
+    console.say(f"model     {config.model}: {job.base.model.config.model_type}, {len(layers)} layers adapted")
+    console.say(f"data      {counts['used']} rows, {counts['tokens']} tokens, "
+                f"{counts['trained_tokens']} trained; {len(job.evaluation)} rows held out")  # fmt: skip
+    console.say(f"adapter   rank {config.rank}, alpha {config.alpha:g}, {trainable:,} parameters")
+    console.say(f"steps     {job.plan.steps} of {config.batch_size} rows")
+    for name in ("lr", "compute"):
+        console.say(f"{name:<9} {getattr(config, name)}  ({job.resolved.origin.get(name, 'default')})")
+    for place, what in job.data.problems[:8]:
+        console.warn(f"{place}: {what}")
+    if len(job.data.problems) > 8:
+        console.warn(f"and {len(job.data.problems) - 8} more; `lorafit preview` lists them all")
+    if not job.base.tokenizer.has_template:
+        console.warn("the model has no chat template: rows use the plain one of the documentation")
+
+
+def _farewell(out: Path, report: dict[str, Any]) -> None:
+    base, adapter = report["base_loss"], report["adapter_loss"]
+    if adapter is not None:
+        console.say(f"held-out loss {base:.4f} -> {adapter:.4f} nats per trained token")
+    console.say(f"{report['steps']} steps in {console.duration(report['training_seconds'])}, "
+                f"{report['tokens_per_second']:.0f} tokens/s")  # fmt: skip
+    console.say(f"memory    {console.gigabytes(report['peak_memory_bytes'])} at the peak")
+    console.say(f"adapter   {out / 'adapter'}")
+    console.say(f"report    {out / 'report.html'}")

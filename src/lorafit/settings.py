@@ -1,0 +1,75 @@
+"""Every setting that was left to us, worked out before step 1 and said with its rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from lorafit import machine
+from lorafit.config import Resolved
+from lorafit.data.batch import Tokens
+from lorafit.train.loop import Plan
+from lorafit.train.optim import auto_lr
+
+SMALL_DATA = 500  # rows
+
+
+def settle_for_machine(resolved: Resolved) -> Resolved:
+    """Compute dtype, storage dtype and threads, from the processor's features."""
+    config = resolved.config
+    if config.compute == "auto":
+        fast = machine.fast_bf16()
+        why = "this processor has fast bf16 products" if fast else "this processor has no fast bf16 products"
+        resolved = resolved.settle("compute", "bf16" if fast else "fp32", f"auto: {why}")
+    if config.base == "auto":
+        resolved = resolved.settle("base", resolved.config.compute, "auto: as compute")
+    if config.threads is None:
+        resolved = resolved.settle("threads", machine.cores(), "auto: physical cores")
+    return resolved
+
+
+def settle_for_data(
+    resolved: Resolved, rows: Sequence[Tokens], longest: int, model: dict[str, Any]
+) -> tuple[Resolved, Plan]:
+    """Batch size, steps, learning rate, evaluations, saves and checkpointing, from the rows and the model's shape.
+
+    rows: the training rows. longest: tokens of the longest row allowed. model: the model's configuration fields.
+    A resumed run has them all in run.yaml and none is worked out again.
+    """
+    config, n = resolved.config, len(rows)
+    if config.batch_size is None:
+        size = 8 if n < SMALL_DATA else 16
+        resolved = resolved.settle("batch_size", size, f"auto: {n} rows are {'under' if size == 8 else 'at least'} 500")
+    if config.max_length is None:
+        resolved = resolved.settle("max_length", longest, "auto: the longest row, up to the model's context")
+    per_epoch = math.ceil(n / int(resolved.config.batch_size or 1))
+    if config.epochs is None and config.max_steps is None:
+        resolved = resolved.settle("epochs", 1.0, "default")
+    config = resolved.config
+    wanted = [] if config.epochs is None else [max(1, math.ceil(config.epochs * per_epoch))]
+    steps = min(wanted + ([] if config.max_steps is None else [config.max_steps]))
+    if config.lr is None:
+        lr, rule = auto_lr(str(model["model_type"]), int(model["hidden_size"]), steps)
+        resolved = resolved.settle("lr", lr, f"auto: {rule}")
+    if config.save_every is None:
+        resolved = resolved.settle("save_every", max(1, math.ceil(steps / 10)), "auto: a tenth of the run")
+    if config.eval_every is None:
+        resolved = resolved.settle("eval_every", resolved.config.save_every, "auto: as save_every")
+    if config.checkpointing == "auto":
+        pack = max(resolved.config.micro_batch_tokens, max(len(row.ids) for row in rows))
+        size, room = activation_bytes(model, pack, resolved.config.compute), machine.available_memory() // 2
+        mode = "all" if size > room else "off"
+        why = f"auto: {pack} tokens need about {size / 1e9:.1f} GB, half of free memory is {room / 1e9:.1f} GB"
+        resolved = resolved.settle("checkpointing", mode, why)
+    return resolved, Plan(steps, per_epoch, resolved.config.checkpointing == "all")
+
+
+def activation_bytes(model: dict[str, Any], tokens: int, compute: str) -> int:
+    """Activations kept for the backward pass of one pack, in bytes: what autograd saves per layer and token.
+
+    About 12 tensors as wide as the hidden state (norms in fp32, q, k, v, attention's output, residuals) and 5 as wide
+    as the MLP. Counted on a Llama layer; the prediction that is checked against measurements comes with `plan`.
+    """
+    width = 12 * int(model["hidden_size"]) + 5 * int(model["intermediate_size"])
+    return tokens * int(model["num_hidden_layers"]) * width * (2 if compute == "bf16" else 4)

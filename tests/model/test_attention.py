@@ -1,0 +1,53 @@
+"""Attention over packed documents against a softmax written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lorafit.model.attention import document_attention
+
+
+def by_hand(q, k, v, documents, window):
+    """Every head, every query, every visible key, one at a time."""
+    heads, length, width = q.shape[1:]
+    shared = heads // k.shape[1]
+    out = torch.zeros(1, length, heads, v.shape[-1])
+    for start, end in zip(documents, documents[1:], strict=False):
+        for h in range(heads):
+            for i in range(start, end):
+                first = start if window is None else max(start, i - window + 1)
+                scores = torch.stack([q[0, h, i] @ k[0, h // shared, j] for j in range(first, i + 1)]) / math.sqrt(width)
+                weights = torch.softmax(scores, 0)
+                out[0, i, h] = sum(w * v[0, h // shared, first + n] for n, w in enumerate(weights))
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("documents", [(0, 12), (0, 5, 6, 12)])
+def test_each_document_attends_to_itself_causally(documents, window):
+    """Grouped queries, windows shorter and longer than the documents, documents of one token."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    got, _ = document_attention(None, q, k, v, None, 1 / math.sqrt(8), window, documents)
+    assert torch.allclose(got, by_hand(q, k, v, documents, window), atol=1e-5)
+
+
+def test_without_documents_each_batch_row_is_causal():
+    """A plain batch is one document per row."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 7, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
+    got, _ = document_attention(None, q, k, v, None, 1 / math.sqrt(8))
+    for row in range(3):
+        part = [t[row : row + 1] for t in (q, k, v)]
+        assert torch.allclose(got[row : row + 1], by_hand(*part, (0, 7), None), atol=1e-5)
+
+
+def test_one_query_sees_all_cached_keys():
+    """Decoding: the newest token attends to every key that the cache hands over."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    got, _ = document_attention(None, q[:, :, -1:], k, v, None, 1 / math.sqrt(8), 3)
+    assert torch.allclose(got[0, 0], by_hand(q, k, v, (0, 7), None)[0, -1], atol=1e-5)
