@@ -265,7 +265,6 @@ def to_yaml(resolved: Resolved, extra: dict[str, Any]) -> str:
         value = getattr(resolved.config, name)
         plain = list(value) if isinstance(value, tuple) else value
         text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
-        lines.append(
-            f"{name}: {text.removesuffix('\n').removesuffix('\n...')}  # {resolved.origin.get(name, 'default')}"
-        )
+        text = text.removesuffix("\n").removesuffix("\n...")
+        lines.append(f"{name}: {text}  # {resolved.origin.get(name, 'default')}")
     return "\n".join(lines) + "\n" + yaml.safe_dump(extra, sort_keys=True, allow_unicode=True)

@@ -18,7 +18,7 @@ from lorafit import console, machine
 from lorafit.adapter.attach import adapted_layers, attach
 from lorafit.adapter.file import load_adapter, save_adapter
 from lorafit.config import Resolved, TrainConfig, field_types, from_values, read_yaml, to_yaml
-from lorafit.data.chat import TokenRow
+from lorafit.data.tokens import TokenRow
 from lorafit.data.records import Record
 from lorafit.data.rows import Rows
 from lorafit.data.split import overlap, split

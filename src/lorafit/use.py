@@ -14,7 +14,8 @@ from lorafit import console
 from lorafit.adapter.attach import detach
 from lorafit.adapter.file import load_adapter
 from lorafit.config import Resolved, TrainConfig
-from lorafit.data.chat import TokenRow, encode_prompt
+from lorafit.data.chat import encode_prompt
+from lorafit.data.tokens import TokenRow
 from lorafit.data.records import Record, read_records
 from lorafit.data.rows import Rows, build_rows
 from lorafit.errors import ConfigError, Faults
@@ -23,6 +24,7 @@ from lorafit.inputs import read_rows, read_template
 from lorafit.model.generate import generate as generate_ids
 from lorafit.model.load import Base, context_of, load_base
 from lorafit.model.sources import open_source
+from lorafit.model.tokenizer import as_transformers
 from lorafit.settings import settle_for_machine
 
 
@@ -42,7 +44,9 @@ def load(model: str | Path, adapter: str | Path | None = None, base: str = "auto
     `model(input_ids=LongTensor[B, L]).logits` is [B, L, V]; `.tokenizer` is its tokenizer. base: how weights are
     stored; compute: what products run in ("auto", "bf16", "fp32"). Raises ModelError, AdapterError.
     """
-    loaded = open_base(str(model), base, compute).model
+    opened = open_base(str(model), base, compute)
+    loaded: Any = opened.model
+    loaded.tokenizer = as_transformers(opened.tokenizer)
     if adapter is not None:
         for note in load_adapter(loaded, adapter):
             console.say(note)

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorafit.data.chat import Tokenizer, TokenRow, Trained, encode_document, encode_record, tools_ignored
+from lorafit.data.chat import Trained, encode_record, tools_ignored
+from lorafit.data.document import encode_document
 from lorafit.data.records import Record, content_hash
+from lorafit.data.tokens import Tokenizer, TokenRow
 from lorafit.errors import DataError
 
 DOCUMENT_LENGTH = 1024  # tokens per row of a raw document, unless max_length says otherwise

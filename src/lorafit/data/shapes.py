@@ -144,13 +144,13 @@ def _is_answer(turn: Any) -> bool:
 
 
 def _turn(turn: Any, path: str, form: str) -> Message:
-    """One message. Keys beside role and content pass through to the template; those that are null are left out."""
+    """One message. Keys beside role and content pass through to the template; null is the same as left out."""
     if not isinstance(turn, dict):
         raise ShapeError(f"{path} is {_kind(turn)}, not an object", "give each message a role and content")
     if form == "sharegpt" and "role" not in turn:
         return _sharegpt_turn(turn, path)
     role = _role(turn, path, "role", ROLES)
-    message = {key: value for key, value in turn.items() if value is not None or key == "content"}
+    message = {key: value for key, value in turn.items() if value is not None}
     message["role"] = role
     calls = message.pop("tool_calls", None)
     if calls:
@@ -158,7 +158,6 @@ def _turn(turn: Any, path: str, form: str) -> Message:
     if message.get("content") is None:
         if not calls or role != "assistant":
             raise ShapeError(f"{path}.content is {'null' if 'content' in turn else 'missing'}", "give it text")
-        message["content"] = None
     else:
         message["content"] = _content(message["content"], f"{path}.content")
     return message
@@ -172,7 +171,7 @@ def _sharegpt_turn(turn: dict[str, Any], path: str) -> Message:
     if speaker == "function_call":
         calls = _json(value, f"{path}.value") if isinstance(value, str) else value
         calls = calls if isinstance(calls, list) else [calls]
-        return {"role": "assistant", "content": None, "tool_calls": _tool_calls(calls, f"{path}.value")}
+        return {"role": "assistant", "tool_calls": _tool_calls(calls, f"{path}.value")}
     return {"role": SHAREGPT_ROLES[speaker], "content": _content(value, f"{path}.value")}
 
 

@@ -12,10 +12,10 @@ probe, characters that stand nowhere else: where the two renderings differ are t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from lorafit.data.lookalikes import absent
 from lorafit.errors import ModelError
 
 Messages = Sequence[dict[str, Any]]
@@ -53,7 +53,11 @@ class Renderings:
         self.messages = list(messages)
         self._template, self._tools = template, list(tools) if tools else None
         self._known: dict[tuple[int, bool], str] = {}
-        self.full = self.first(len(self.messages))
+
+    @property
+    def full(self) -> str:
+        """All messages, without a generation prompt."""
+        return self.first(len(self.messages))
 
     def first(self, count: int, prompt: bool = False) -> str:
         """The first `count` messages, with the generation prompt if asked for."""
@@ -83,15 +87,6 @@ def turn_spans(renderings: Renderings, turns: Sequence[int], special: re.Pattern
             raise UnplacedError(f"messages[{turn}] cannot be told from the turn before it")
         spans.append(_closed(renderings.full, start, words_end, limit, special))
     return spans
-
-
-def absent(text: str) -> Iterator[str]:
-    """Characters that `text` does not hold: Unicode's noncharacters, then private use."""
-    return (
-        character
-        for character in map(chr, chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE)))
-        if character not in text
-    )
 
 
 def _closed(text: str, start: int, words_end: int, limit: int, special: re.Pattern[str]) -> Span:

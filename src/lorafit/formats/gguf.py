@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from lorafit.errors import ModelError
+from lorafit.formats import place
 from lorafit.kernels import BLOCK_TYPES, BlockType
 
 Scalar = TypeVar("Scalar", bool, int, float, str)
@@ -98,18 +99,18 @@ class GgufFile:
         """
         if key not in self.metadata:
             if default is None:
-                raise ModelError(f"{self.path}: {key}", "is missing", "the file is incomplete; convert the model again")
+                raise ModelError(place(self.path, key), "is missing", "the file is incomplete; convert the model again")
             return default
         value = self.metadata[key]
         if type(value) is not kind:
-            raise ModelError(f"{self.path}: {key}", f"has type {self.types[key]}, not {kind.__name__}")
+            raise ModelError(place(self.path, key), f"has type {self.types[key]}, not {kind.__name__}")
         return value
 
     def array(self, key: str, kind: type[Scalar]) -> list[Scalar]:
         """The key's list, whose elements must be of this kind; empty where the key is absent. Raises ModelError."""
         values = self.metadata.get(key, [])
         if type(values) is not list or (values and type(values[0]) is not kind):
-            raise ModelError(f"{self.path}: {key}", f"has type {self.types[key]}, not array of {kind.__name__}")
+            raise ModelError(place(self.path, key), f"has type {self.types[key]}, not array of {kind.__name__}")
         return values
 
 
@@ -133,7 +134,7 @@ class _Reader:
     def __init__(self, path: Path, mapping: mmap.mmap) -> None:
         self.path, self.bytes, self.size = path, mapping, len(mapping)
         self.at = len(MAGIC)
-        self.place = str(path)
+        self.enter()
 
     def file(self) -> GgufFile:
         version = self.number(U32, "version")
@@ -147,6 +148,10 @@ class _Reader:
         alignment = self.alignment(metadata, types)
         infos = self.tensor_infos(n_tensors, alignment)
         return GgufFile(self.path, metadata, types, self.tensors(infos, alignment))
+
+    def enter(self, name: str = "") -> None:
+        """Report later faults under this key or tensor."""
+        self.place = place(self.path, name) if name else str(self.path)
 
     def fail(self, what: str, remedy: str = "the file is damaged; download or convert it again") -> NoReturn:
         raise ModelError(self.place, what, remedy)
@@ -164,7 +169,7 @@ class _Reader:
 
     def strings(self, count: int, what: str) -> list[str]:
         """`count` strings, in a loop kept tight: a tokenizer has a quarter of a million of them."""
-        self.need(count * U64.size, f"{count} strings")
+        self.need(count * U64.size, f"{count} x string")
         data, at, size, read_length = self.bytes, self.at, self.size, U64.unpack_from
         found = []
         try:
@@ -184,7 +189,7 @@ class _Reader:
         (name,) = self.strings(1, f"the name of {what}")
         if not 0 < self.at - start - U64.size <= longest:
             self.fail(f"the name of {what} has {self.at - start - U64.size} bytes, not 1 to {longest}")
-        self.place = f"{self.path}: {name if name.isprintable() else ascii(name)}"[: len(str(self.path)) + 80]
+        self.enter(name)
         return name
 
     def keys(self, count: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -195,7 +200,7 @@ class _Reader:
             if name in metadata:
                 self.fail("is there twice")
             metadata[name], types[name] = self.value()
-            self.place = str(self.path)
+            self.enter()
         return metadata, types
 
     def value(self) -> tuple[Any, str]:
@@ -218,7 +223,7 @@ class _Reader:
             self.fail(f"has the unknown value type {code}")
         type_name, numpy_name = NUMBERS[code]
         dtype = np.dtype(numpy_name)
-        self.need(count * dtype.itemsize, f"{count} values of {type_name}")
+        self.need(count * dtype.itemsize, f"{count} x {type_name}")
         values = np.frombuffer(self.bytes, dtype, count, self.at)
         self.at += values.nbytes
         if code != BOOL:
@@ -230,12 +235,12 @@ class _Reader:
     def alignment(self, metadata: dict[str, Any], types: dict[str, str]) -> int:
         key = "general.alignment"
         value = metadata.get(key, ALIGNMENT)
-        self.place = f"{self.path}: {key}"
+        self.enter(key)
         if types.get(key, "uint32") != "uint32":
             self.fail(f"has type {types[key]}, not uint32")
         if not 8 <= value <= MAX_ALIGNMENT or value & (value - 1):
             self.fail(f"is {value}, not a power of two from 8 to {MAX_ALIGNMENT}")
-        self.place = str(self.path)
+        self.enter()
         return int(value)
 
     def tensor_infos(self, count: int, alignment: int) -> dict[str, tuple[tuple[int, ...], BlockType, int]]:
@@ -258,7 +263,7 @@ class _Reader:
             if offset % alignment:
                 self.fail(f"has offset {offset}, which is not aligned to {alignment}")
             infos[name] = tuple(dimensions[::-1]), block, offset
-            self.place = str(self.path)
+            self.enter()
         return infos
 
     def block(self, code: int) -> BlockType:
@@ -276,7 +281,7 @@ class _Reader:
         base = end = -(-self.at // alignment) * alignment
         previous, found = "", {}
         for name, (shape, block, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
-            self.place = f"{self.path}: {name}"
+            self.enter(name)
             rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block.elements * block.bytes
             start = base + offset
             if start < end:
@@ -286,7 +291,7 @@ class _Reader:
                 self.fail(f"needs bytes {start} to {end} of a file of {self.size}", "the download was cut; repeat it")
             found[name] = GgufTensor(name, shape, block, data[start:end].reshape(rows, row_bytes))
             previous = name
-        self.place = str(self.path)
+        self.enter()
         if self.size - end >= alignment:
             self.fail(f"goes on for {self.size - end} bytes after the last tensor")
         return {name: found[name] for name in infos}

@@ -29,7 +29,23 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 
 # Tokens that end a turn or a text in published models; only those that a vocabulary holds as control tokens count.
 END_OF_TURN = frozenset(
-    ["<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<turn|>", "<|end_of_turn|>", "<|END_OF_TURN_TOKEN|>", "<end_of_utterance>"]
+    (
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|eot|>",
+        "<|eom|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<|end_of_turn|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<end_of_utterance>",
+    )
 )
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -251,7 +267,9 @@ def _sentencepiece(keys: _Keys, tokens: Sequence[str], types: Sequence[int]) -> 
     vocabulary = _numbered(keys, pieces)
     unknown = keys.token_id("tokenizer.ggml.unknown_token_id", len(tokens))
     if unknown is None and not all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
-        raise keys.error("tokenizer.ggml.tokens", "lacks byte tokens, and no unknown token is named for what they covered")
+        raise keys.error(
+            "tokenizer.ggml.tokens", "lacks byte tokens, and no unknown token is named for what they covered"
+        )
 
     backend = Tokenizer(
         models.BPE(

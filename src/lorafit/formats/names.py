@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafit.errors import ModelError
+from lorafit.errors import Faults, ModelError
+from lorafit.formats import place
 from lorafit.formats.gguf import GgufFile
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -41,6 +42,11 @@ GEMMA_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+UNSUPPORTED = "use another model"
+TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+MAX_WIDTH, MAX_CONTEXT = 1 << 20, 1 << 31  # features, heads, layers; tokens
+GEMMA3_27B_LAYERS = 62  # llama.cpp knows this size by its layers: its queries are scaled by the model's width
+LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0  # the same in every model of the Llama 3 series
 
 
 @dataclass(frozen=True)
@@ -101,46 +107,50 @@ def hf_names(architecture: str, n_layers: int) -> dict[str, str]:
 
 
 def entries(gguf: GgufFile) -> dict[str, Entry]:
-    """The file's tensors by Hugging Face parameter name; one that has no such name stands under its own.
+    """The file's tensors by Hugging Face parameter name. Which of them the model needs, its loader knows.
 
-    Raises ModelError for an unsupported architecture and for q or k rows that do not divide into heads.
+    Raises ModelError for an unsupported architecture and q or k rows that do not divide into heads; Faults for
+    tensors that no model of this architecture has.
     """
-    architecture = family_of(gguf)
+    architecture = architecture_of(gguf)
     family = FAMILIES[architecture]
-    names = hf_names(architecture, _count(gguf, f"{architecture}.block_count"))
+    names = hf_names(architecture, _layers(gguf, architecture))
     heads = {"attn_q": _count(gguf, f"{architecture}.attention.head_count")}
     heads["attn_k"] = _count(gguf, f"{architecture}.attention.head_count_kv", heads["attn_q"])
+    stored = [t for t in gguf.tensors.values() if not (t.name == ROPE_FACTORS and architecture == "llama")]
+    unknown = [tensor.name for tensor in stored if tensor.name not in names]
+    if unknown:
+        raise Faults([_fault(gguf, name, f"has no place in a {architecture} model") for name in unknown])
     found = {}
-    for tensor in gguf.tensors.values():
-        if tensor.name == ROPE_FACTORS and architecture == "llama":
-            continue  # part of the configuration
-        module = tensor.name.split(".")[-2:][0]
+    for tensor in stored:
+        module = tensor.name.split(".")[-2]
         interleaved = heads.get(module, 0) if family.interleaved else 0
         if interleaved and tensor.shape[0] % (2 * interleaved):
             what = f"has {tensor.shape[0]} rows, which {interleaved} heads of even size do not divide"
-            raise ModelError(f"{gguf.path}: {tensor.name}", what, "the file is damaged; convert it again")
+            raise _fault(gguf, tensor.name, what)
         plus = 1.0 if family.norms_plus_one and module.endswith("norm") else 0.0
-        found[names.get(tensor.name, tensor.name)] = Entry(tensor.name, tensor.shape, interleaved, plus)
+        found[names[tensor.name]] = Entry(tensor.name, tensor.shape, interleaved, plus)
     return found
 
 
-def family_of(gguf: GgufFile) -> str:
+def architecture_of(gguf: GgufFile) -> str:
     """The file's architecture, a key of FAMILIES. Raises ModelError, with the nearest supported one, for another."""
     kind = gguf.value("general.type", str, "model")
     if kind != "model":
-        raise ModelError(f"{gguf.path}: general.type", f"is {kind!r}, not a model", "give the base model's file")
+        raise _fault(gguf, "general.type", f"is {kind[:40]!r}, not a model", "give the base model's file")
     if gguf.value("split.count", int, 1) > 1:
         what = f"the model is split into {gguf.metadata['split.count']} files"
-        raise ModelError(f"{gguf.path}: split.count", what, "join them with llama-gguf-split --merge")
+        raise _fault(gguf, "split.count", what, "join them with llama-gguf-split --merge")
     architecture = gguf.value("general.architecture", str)
     if architecture not in FAMILIES:
+        architecture = architecture[:40]
         near = difflib.get_close_matches(architecture, FAMILIES, 1)
         remedy = f"the nearest supported one is {near[0]}" if near else f"supported: {', '.join(FAMILIES)}"
-        raise ModelError(f"{gguf.path}: general.architecture", f"{architecture!r} is not supported yet", remedy)
+        raise _fault(gguf, "general.architecture", f"{architecture!r} is not supported yet", remedy)
     experts = next((name for name in gguf.tensors if "_exps." in name or ".ffn_gate_inp." in name), "")
     if experts or gguf.value(f"{architecture}.expert_count", int, 0):
-        place = experts or f"{architecture}.expert_count"
-        raise ModelError(f"{gguf.path}: {place}", "experts are not supported yet", "use a model without experts")
+        where = experts or f"{architecture}.expert_count"
+        raise _fault(gguf, where, "experts are not supported yet", "use a model without experts")
     return architecture
 
 
@@ -149,27 +159,27 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
 
     Raises ModelError for a key that is missing, of the wrong type, impossible, or not supported.
     """
-    architecture = family_of(gguf)
+    architecture = architecture_of(gguf)
     key = f"{architecture}.{{}}".format
     hidden, heads = _count(gguf, key("embedding_length")), _count(gguf, key("attention.head_count"))
     kv_heads = _count(gguf, key("attention.head_count_kv"), heads)
     for name, total, parts in (("head_count", hidden, heads), ("head_count_kv", heads, kv_heads)):
         if total % parts:
-            raise ModelError(f"{gguf.path}: {key(f'attention.{name}')}", f"is {parts}, which does not divide {total}")
+            raise _fault(gguf, key(f"attention.{name}"), f"is {parts}, which does not divide {total}")
     if "token_embd.weight" not in gguf.tensors:
-        raise ModelError(f"{gguf.path}: token_embd.weight", "is missing", "the file holds no whole model")
+        raise _fault(gguf, "token_embd.weight", "is missing", "the file holds no whole model")
     head_dim, vocabulary = _head_dim(gguf, hidden // heads), gguf.tensors["token_embd.weight"].shape[0]
     config: dict[str, Any] = {
         "model_type": FAMILIES[architecture].model_type,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": _count(gguf, key("feed_forward_length")),
-        "num_hidden_layers": _count(gguf, key("block_count")),
+        "num_hidden_layers": _layers(gguf, architecture),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": _count(gguf, key("context_length")),
-        "rms_norm_eps": _shortest(gguf.value(key("attention.layer_norm_rms_epsilon"), float)),
+        "max_position_embeddings": _count(gguf, key("context_length"), most=MAX_CONTEXT),
+        "rms_norm_eps": _positive(gguf, key("attention.layer_norm_rms_epsilon")),
         "rope_parameters": _rope(gguf, architecture, head_dim),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         **{f"{token}_token_id": _token(gguf, name, vocabulary) for token, name in TOKENS.items()},
@@ -181,38 +191,42 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
     return config | (_gemma3(gguf, config) if architecture == "gemma3" else {})
 
 
-TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
-GEMMA3_27B_LAYERS = 62  # llama.cpp knows this size by its layers: its queries are scaled by the model's width
-
-
 def _gemma3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     period = _count(gguf, "gemma3.attention.sliding_window_pattern", 6)
-    base = gguf.value("gemma3.rope.freq_base_swa", float, 10000.0)
-    softcap = gguf.value("gemma3.final_logit_softcapping", float, 0.0)
+    local = {"rope_type": "default", "rope_theta": _positive(gguf, "gemma3.rope.freq_base_swa", 10000.0)}
+    softcap = "gemma3.final_logit_softcapping"
     return {
         "sliding_window": _count(gguf, "gemma3.attention.sliding_window"),
         "layer_types": ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)],
-        "rope_parameters": {
-            "full_attention": config["rope_parameters"],
-            "sliding_attention": {"rope_type": "default", "rope_theta": _shortest(base)},
-        },
+        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
         "query_pre_attn_scalar": config["hidden_size"] // heads if layers == GEMMA3_27B_LAYERS else config["head_dim"],
-        "final_logit_softcapping": _shortest(softcap) or None,
+        "final_logit_softcapping": _positive(gguf, softcap) if softcap in gguf.metadata else None,
     }
 
 
-def _count(gguf: GgufFile, key: str, default: int | None = None) -> int:
-    """A positive integer; layers are no more than the file's tensors, since work and memory follow from them."""
+def _fault(gguf: GgufFile, name: str, what: str, remedy: str = "convert the model again") -> ModelError:
+    return ModelError(place(gguf.path, name), what, remedy)
+
+
+def _count(gguf: GgufFile, key: str, default: int | None = None, most: int = MAX_WIDTH) -> int:
+    """An integer from 1 to `most`, which keeps every product of two or three of them far from overflow."""
     value = gguf.value(key, int, default)
-    most = len(gguf.tensors) if key.endswith(".block_count") else 1 << 31
     if not 0 < value <= most:
-        raise ModelError(f"{gguf.path}: {key}", f"is {value}, not 1 to {most}", "the file is damaged; convert it again")
+        raise _fault(gguf, key, f"is {value}, not 1 to {most}")
     return value
 
 
-def _shortest(value: float) -> float:
-    """The shortest decimal that is the same fp32, as the original configuration had it: 1e-05, not 9.99999975e-06."""
+def _layers(gguf: GgufFile, architecture: str) -> int:
+    """Layers, of which there are no more than tensors: names and work follow from this number."""
+    return _count(gguf, f"{architecture}.block_count", most=len(gguf.tensors))
+
+
+def _positive(gguf: GgufFile, key: str, default: float | None = None) -> float:
+    """A positive number, as the shortest decimal that is the same fp32: 1e-05, not the 9.99999975e-06 in the file."""
+    value = gguf.value(key, float, default)
+    if not 0 < value < math.inf:
+        raise _fault(gguf, key, f"is {value}")
     return float(str(np.float32(value)))
 
 
@@ -222,7 +236,7 @@ def _token(gguf: GgufFile, name: str, vocabulary: int) -> int | None:
         return None
     value = gguf.value(key, int)
     if not 0 <= value < vocabulary:
-        raise ModelError(f"{gguf.path}: {key}", f"is {value}, and the vocabulary has {vocabulary} tokens")
+        raise _fault(gguf, key, f"is {value}, and the vocabulary has {vocabulary} tokens")
     return value
 
 
@@ -234,36 +248,32 @@ def _head_dim(gguf: GgufFile, usual: int) -> int:
         value = _count(gguf, f"{architecture}.{name}", head_dim)
         if value != head_dim:
             what = f"is {value} where a key has {head_dim} features, which is not supported yet"
-            raise ModelError(f"{gguf.path}: {architecture}.{name}", what)
+            raise _fault(gguf, f"{architecture}.{name}", what, UNSUPPORTED)
     if head_dim % 2:
-        raise ModelError(f"{gguf.path}: {architecture}.attention.key_length", f"is {head_dim}, which is odd")
+        raise _fault(gguf, f"{architecture}.attention.key_length", f"is {head_dim}, which is odd")
     return head_dim
 
 
 def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
     """transformers' `rope_parameters`."""
     prefix = f"{architecture}.rope."
-    theta = _shortest(gguf.value(f"{prefix}freq_base", float, 10000.0))
-    kind = gguf.value(f"{prefix}scaling.type", str, "none")
-    if kind == "none":
+    theta = _positive(gguf, f"{prefix}freq_base", 10000.0)
+    kind = gguf.value(f"{prefix}scaling.type", str, "linear")
+    factor = _positive(gguf, f"{prefix}scaling.factor", 1.0)
+    read = {f"{prefix}scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
+    other = sorted(key for key in gguf.metadata if key.startswith(f"{prefix}scal") and key not in read)
+    if kind == "none" or (kind == "linear" and factor == 1 and not other):
         if architecture == "llama" and ROPE_FACTORS in gguf.tensors:
             return _llama3_rope(gguf, theta, head_dim)
         return {"rope_type": "default", "rope_theta": theta}
-    read = {"type", "factor", "original_context_length", "finetuned"}
-    other = sorted(
-        key for key in gguf.metadata if key.startswith(f"{prefix}scaling.") and key.split(".")[-1] not in read
-    )
-    if kind not in ("linear", "yarn") or other:
-        place = other[0] if other else f"{prefix}scaling.type"
-        raise ModelError(f"{gguf.path}: {place}", f"rotary scaling {kind!r} with it is not supported yet")
-    rope = {"rope_type": kind, "rope_theta": theta}
-    rope["factor"] = _shortest(gguf.value(f"{prefix}scaling.factor", float))
+    if kind not in ("linear", "yarn") or other or ROPE_FACTORS in gguf.tensors:
+        where = other[0] if other else f"{prefix}scaling.type"
+        raise _fault(gguf, where, f"rotary scaling {kind[:40]!r} with this is not supported yet", UNSUPPORTED)
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": factor}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = _count(gguf, f"{prefix}scaling.original_context_length")
+        key = f"{prefix}scaling.original_context_length"
+        rope["original_max_position_embeddings"] = _count(gguf, key, most=MAX_CONTEXT)
     return rope
-
-
-LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0  # the same in every model of the Llama 3 series
 
 
 def _llama3_rope(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
@@ -272,14 +282,16 @@ def _llama3_rope(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     Raises ModelError when the divisors are not those that the factor gives.
     """
     tensor = gguf.tensors[ROPE_FACTORS]
-    stored = tensor.data.reshape(-1).view("<f4") if tensor.type.name == "F32" else np.empty(0)
-    factor = _shortest(stored.max(initial=1.0))
+    if tensor.type.name != "F32" or tensor.shape != (head_dim // 2,):
+        what = f"has type {tensor.type.name} and shape {list(tensor.shape)}, not F32 and [{head_dim // 2}]"
+        raise _fault(gguf, ROPE_FACTORS, what)
+    stored = tensor.data[0].view("<f4")
+    factor = float(stored.max(initial=1.0))
     turns = LLAMA3_CONTEXT * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
     smooth = ((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)).clip(0, 1)
-    if stored.shape != turns.shape or not np.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
-        raise ModelError(
-            f"{gguf.path}: {ROPE_FACTORS}", "is not Llama 3's rotary scaling, which alone is supported yet"
-        )
+    if not np.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
+        what = "is not the rotary scaling of Llama 3, the only table that is supported yet"
+        raise _fault(gguf, ROPE_FACTORS, what, UNSUPPORTED)
     return {
         "rope_type": "llama3",
         "rope_theta": theta,

@@ -26,7 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen base model, ready for an adapter; `model.tokenizer` is its tokenizer."""
+    """A frozen base model, ready for an adapter."""
 
     model: PreTrainedModel
     head: Head
@@ -47,11 +47,10 @@ def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute
     for anything that does not fit.
     """
     model = build(source, DTYPES[base], DTYPES[compute])
-    rows = model.get_input_embeddings().weight.out_features  # type: ignore[union-attr]
+    rows = head_of(model).weight.out_features
     if tokenizer.vocab_size > rows:
         what = f"has {tokenizer.vocab_size} tokens and the embedding {rows} rows"
         raise ModelError(f"{source.place}: tokenizer", what, "use the tokenizer that belongs to the model")
-    model.tokenizer = tokenizer
     return Base(model, head_of(model), tokenizer, source.bytes_by_format())
 
 
@@ -81,7 +80,6 @@ def build(source: WeightSource, base: torch.dtype, compute: torch.dtype) -> PreT
             for name, _ in module.named_parameters(recurse=False):
                 value = source.load(f"{path}.{name}").to(compute)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
-    source.adjust(model)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"tensors without values: {left}"
     return model.eval()

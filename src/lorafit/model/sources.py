@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafit.errors import ModelError
 from lorafit.formats import names
@@ -46,10 +46,6 @@ class WeightSource(ABC):
     def ignorable(self, name: str) -> bool:
         """Whether an extra tensor of this name is known to mean nothing."""
         return name.endswith("rotary_emb.inv_freq")
-
-    def adjust(self, model: nn.Module) -> nn.Module:
-        """The filled model with what no parameter expresses, such as rotary factors from the file."""
-        return model
 
     @abstractmethod
     def bytes_by_format(self) -> dict[str, int]:
