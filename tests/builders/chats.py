@@ -15,7 +15,8 @@ from lorafit.formats.tokenizer import TextTokenizer
 
 CALLS = (
     "{% for call in message.tool_calls %}<call>{{ call.function.name }}"
-    "{% for key in call.function.arguments %} {{ key }}={{ call.function.arguments[key] }}{% endfor %}</call>{% endfor %}"
+    "{% for key in call.function.arguments %} {{ key }}={{ call.function.arguments[key] }}{% endfor %}"
+    "</call>{% endfor %}"
 )
 
 
@@ -73,8 +74,10 @@ STYLES = {
     "qwen3": Style(
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{% set text = message.content or '' %}"
         "{% if message.role == 'assistant' %}{% set words = text.split('</think>')[-1].lstrip('\n') %}"
-        "{% if loop.last %}<think>\n{{ text.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in text else '' }}"
-        "\n</think>\n\n{% endif %}{{ words }}" + CALLS + "{% else %}{{ text }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% set thought = text.split('</think>')[0].split('<think>')[-1].strip('\n') if '</think>' in text else '' %}"
+        "{% if loop.last %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ words }}"
+        + CALLS
+        + "{% else %}{{ text }}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         None,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from builders.rows import Row, random_rows
 
+from builders.rows import Row, random_rows
 from lorafit.data.batch import pack_rows
 
 

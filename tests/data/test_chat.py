@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers import AddedToken
 
 from builders.chats import STYLES, assistant, call, chat, style_tokenizer, template_tokenizer, user
 from builders.tokenizers_tiny import tiny_tokenizer
@@ -12,7 +13,28 @@ from lorafit.data.chat import EMPTY, UNENDED, encode_prompt, encode_record, tool
 from lorafit.data.tokens import TokenRow
 from lorafit.errors import DataError
 
-ALPHABET = ["the", "answer", "is", "42", "SELECT", "name", "é", "日本語", "🙂", "🏳️\u200d🌈", "{", "}", "<", ">", "|", "[", "]", "\n\n", ".", "?"]
+ALPHABET = [
+    "the",
+    "answer",
+    "is",
+    "42",
+    "SELECT",
+    "name",
+    "é",
+    "日本語",
+    "🙂",
+    "🏳️\u200d🌈",
+    "{",
+    "}",
+    "<",
+    ">",
+    "|",
+    "[",
+    "]",
+    "\n\n",
+    ".",
+    "?",
+]
 TOOLS = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
 
 
@@ -190,9 +212,10 @@ def test_a_token_across_the_span_s_start_is_not_trained():
 
 def test_an_end_token_that_takes_white_space_along_is_trained():
     """Phi-3's end token swallows the newline after it; it is the end of the turn all the same."""
-    from tokenizers import AddedToken
-
-    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
     tokenizer = template_tokenizer(template, ("<|user|>", "<|assistant|>"))
     tokenizer.backend.add_special_tokens([AddedToken("<|end|>", special=True, rstrip=True, normalized=False)])
     tokenizer.special["<|end|>"] = tokenizer.backend.token_to_id("<|end|>")
@@ -229,7 +252,7 @@ def test_the_next_turn_s_header_is_no_end_token():
     )
     tokenizer = template_tokenizer(template, ("<|user|>", "<|assistant|>"))
     row = encode_record(chat(user("a"), assistant("one"), user("b"), assistant("two")), tokenizer)
-    assert trained_texts(row) == ["one", "two!"]
+    assert trained_texts(row) == ["one", "two"]
     assert UNENDED in row.notes
 
 
@@ -244,7 +267,7 @@ def test_a_turn_that_the_template_does_not_write_is_an_error():
 
 def test_a_row_that_the_template_refuses_is_an_error_at_its_place():
     """A template's refusal becomes a fault of the row."""
-    with pytest.raises(DataError, match="^f.jsonl:9: the chat template refuses the row"):
+    with pytest.raises(DataError, match=r"^f.jsonl:9: the chat template refuses the row"):
         encode_record(
             chat({"role": "system", "content": "s"}, assistant("b"), place="f.jsonl:9"), style_tokenizer("gemma")
         )

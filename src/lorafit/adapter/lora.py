@@ -28,7 +28,7 @@ class LoraAdapter(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float, dropout: PlacedDropout) -> None:
         super().__init__()
-        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        self.rank, self.alpha, self.scale = rank, float(alpha), alpha / rank
         self.A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32))
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32))
         self.dropout = dropout

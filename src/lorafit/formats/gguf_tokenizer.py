@@ -20,7 +20,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lorafit.errors import ModelError
@@ -153,16 +152,13 @@ class _Keys:
     def array(self, key: str, kinds: tuple[type, ...], length: int | None = None) -> list[Any]:
         if key not in self.metadata:
             raise self.error(key, "is missing", "the file holds no usable tokenizer")
-        value = self.metadata[key]
-        values = value.tolist() if isinstance(value, np.ndarray) else value
-        if not isinstance(values, Sequence) or isinstance(values, str):
-            raise self.error(key, f"is {value!r:.60}, not an array")
-        wrong = set(map(type, values)) - set(kinds)
+        values = self.metadata[key]
+        wrong = set(map(type, values)) - set(kinds) if isinstance(values, list) else {type(values)}
         if wrong:
-            raise self.error(key, f"holds {wrong.pop().__name__}, not {kinds[0].__name__}")
+            raise self.error(key, f"holds {wrong.pop().__name__}, not a list of {kinds[0].__name__}")
         if length is not None and len(values) != length:
             raise self.error(key, f"has {len(values)} elements for {length} tokens")
-        return list(values)
+        return values
 
     def token_id(self, key: str, count: int) -> int | None:
         value = self.scalar(key, int)
@@ -174,7 +170,7 @@ class _Keys:
 def build_tokenizer(metadata: Mapping[str, Any], place: str) -> GgufTokenizer:
     """The tokenizer that `tokenizer.ggml.*` describes; place: the file, for errors.
 
-    metadata: the file's keys with plain values; arrays as lists or numpy arrays. Raises ModelError with file and key
+    metadata: the file's keys with plain values; arrays as lists. Raises ModelError with file and key
     when an array is missing, of another type or length, when an id is out of range, or when the kind of tokenizer or
     the pre-tokenizer is not known here: a guess would give other ids than the model was trained with.
     """
@@ -185,7 +181,7 @@ def build_tokenizer(metadata: Mapping[str, Any], place: str) -> GgufTokenizer:
     tokens = keys.array("tokenizer.ggml.tokens", (str,))
     types = [NORMAL] * len(tokens)
     if kind == "llama" or "tokenizer.ggml.token_type" in metadata:
-        types = keys.array("tokenizer.ggml.token_type", (int,), len(tokens))
+        types = list(keys.array("tokenizer.ggml.token_type", (int,), len(tokens)))
     bos, eos, eot, eom = (
         keys.token_id(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("bos", "eos", "eot", "eom")
     )

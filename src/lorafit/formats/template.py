@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Template, nodes, pass_context
+from jinja2 import Environment, Template, nodes, pass_context
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import do_indent, do_join, do_replace
@@ -41,14 +41,50 @@ STEP, ITEM = 128, 64  # work of one loop step or call, and of one element of a l
 FILTERS = """
     abs capitalize count d default dictsort e escape first float groupby indent int items join last length
     list lower map max min reject rejectattr replace reverse round safe select selectattr sort string title
-    tojson trim truncate unique upper wordcount
+    tojson trim truncate unique upper
 """.split()  # noqa: SIM905 -- a list of words reads better
-TEXT_METHODS = frozenset("""
-    capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier
-    islower isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix
-    removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines startswith strip swapcase
-    title upper
-""".split())  # noqa: SIM905
+SPREADING = ("list", "sort", "unique", "groupby", "dictsort")  # filters that hold all elements at once
+TEXT_METHODS = frozenset(
+    [
+        "capitalize",
+        "casefold",
+        "count",
+        "endswith",
+        "find",
+        "index",
+        "isalnum",
+        "isalpha",
+        "isascii",
+        "isdecimal",
+        "isdigit",
+        "isidentifier",
+        "islower",
+        "isnumeric",
+        "isprintable",
+        "isspace",
+        "istitle",
+        "isupper",
+        "join",
+        "lower",
+        "lstrip",
+        "partition",
+        "removeprefix",
+        "removesuffix",
+        "replace",
+        "rfind",
+        "rindex",
+        "rpartition",
+        "rsplit",
+        "rstrip",
+        "split",
+        "splitlines",
+        "startswith",
+        "strip",
+        "swapcase",
+        "title",
+        "upper",
+    ]
+)
 
 PLAIN_TEMPLATE = """\
 {{- bos_token }}
@@ -181,9 +217,13 @@ class _Generation(Extension):
 class _Pay(NodeTransformer):
     """Sends everything that can make much, or go on for long, through the private filters of `_Metered`."""
 
-    def _through(self, name: str, node: nodes.Expr) -> nodes.Filter:
-        paid = nodes.Filter(node, name, [], [], None, None)
-        return paid.set_lineno(node.lineno).set_environment(node.environment)
+    def __init__(self, environment: Environment) -> None:
+        self.environment = environment
+
+    def _through(self, name: str, node: Any) -> nodes.Filter:
+        paid = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+        paid.set_environment(self.environment)
+        return paid
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         if node.recursive:
@@ -194,15 +234,24 @@ class _Pay(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
-        parts = nodes.List(node.nodes).set_lineno(node.lineno).set_environment(node.environment)
-        return self._through(" joined", parts)
+        return self._through(" joined", nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
         self.generic_visit(node)
         return self._through(" made", node) if isinstance(node.arg, nodes.Slice) else node
 
+    def visit_Call(self, node: nodes.Call) -> nodes.Call:
+        self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = self._through(" elements", node.dyn_args)
+        return node
+
     def visit_Filter(self, node: nodes.Filter) -> nodes.Filter:
         self.generic_visit(node)
+        if node.dyn_args is not None or node.dyn_kwargs is not None:
+            raise SecurityError("'*' in a filter's arguments is not offered")
+        if node.name in SPREADING and node.node is not None:
+            node.node = self._through(" elements", node.node)
         return self._through(" made", node)
 
     def visit_literal(self, node: nodes.Expr) -> nodes.Expr:
@@ -229,7 +278,12 @@ class _Metered(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         own: dict[str, Callable[..., Any]] = {"tojson": _tojson, "join": _join, "replace": _replace, "indent": _indent}
-        paying: dict[str, Callable[..., Any]] = {" steps": _steps, " joined": _joined, " made": _made}
+        paying: dict[str, Callable[..., Any]] = {
+            " steps": _steps,
+            " joined": _joined,
+            " made": _made,
+            " elements": _elements,
+        }
         self.filters = {name: self.filters[name] for name in FILTERS} | own | paying
         for name in ("lipsum", "cycler", "joiner"):
             del self.globals[name]
@@ -242,7 +296,7 @@ class _Metered(ImmutableSandboxedEnvironment):
 
     def metered(self, source: str) -> Template:
         """Parses, rewrites and compiles a template."""
-        return self.from_string(_Pay().visit(self.parse(source)))
+        return self.from_string(_Pay(self).visit(self.parse(source)))
 
     def begin(self, today: datetime | None) -> None:
         """A full budget, and the date of this rendering."""
@@ -285,7 +339,7 @@ class _Metered(ImmutableSandboxedEnvironment):
 
     def _weigh(self, value: Any) -> None:
         characters = elements = 0
-        waiting = [value]
+        waiting: list[Any] = [value]
         while waiting:
             item = waiting.pop()
             if isinstance(item, str):
@@ -308,7 +362,7 @@ class _Metered(ImmutableSandboxedEnvironment):
             self.pay(STEP)
             yield self.made(value) if lazy else value
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override] # Jinja calls it as a method
+    def concat(self, parts: Iterable[str]) -> str:
         """What Jinja joins the output with, also that of macros and `{% set %}` blocks."""
         pieces, characters = [], 0
         for part in parts:
@@ -387,6 +441,13 @@ def _steps(context: Context, values: Iterable[Any]) -> Iterator[Any]:
 @pass_context
 def _made(context: Context, value: Any) -> Any:
     return _meter(context).made(value)
+
+
+@pass_context
+def _elements(context: Context, values: Any) -> Any:
+    if isinstance(values, Sized):
+        _meter(context).pay(len(values) * ITEM)
+    return values
 
 
 @pass_context

@@ -21,18 +21,18 @@ from lorafit.train.loss import token_losses
 def pack_losses(model: nn.Module, head: Head, pack: Pack, checkpointing: bool = False) -> Tensor:
     """Losses (N,) in nats of the pack's trained tokens, in the pack's order; differentiable in the adapter."""
     backbone = model.get_decoder()  # type: ignore[operator]
-    if checkpointing != backbone.is_gradient_checkpointing:
+    if checkpointing != backbone.is_activation_checkpointing:
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         else:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
-    hidden_THH = backbone(
+            model.activation_checkpointing_disable()  # type: ignore[operator]
+    hidden_1TH = backbone(
         input_ids=torch.from_numpy(pack.ids_T)[None],
         position_ids=torch.from_numpy(pack.positions_T)[None],
         documents=pack.documents,
         use_cache=False,
     ).last_hidden_state
-    return token_losses(hidden_THH[0, torch.from_numpy(pack.predictors_N)], torch.from_numpy(pack.targets_N), head)
+    return token_losses(hidden_1TH[0, torch.from_numpy(pack.predictors_N)], torch.from_numpy(pack.targets_N), head)
 
 
 def accumulate(
@@ -56,5 +56,5 @@ def accumulate(
             places.set(seed, step, torch.from_numpy(pack.rows_T), torch.from_numpy(pack.positions_T))
         loss = pack_losses(model, head, pack, checkpointing).sum()
         (loss / trained).backward()
-        total += float(loss)
+        total += loss.item()
     return total / trained
