@@ -17,7 +17,7 @@ LAYERS = [
     {"frozen"},
     {"adapter"},
     {"model"},
-    {"train"},
+    {"training"},
     {"evaluate"},
     {"settings", "inputs"},
     {"run"},

@@ -185,7 +185,7 @@ def test_bad_data_stops_the_run_before_anything_is_written(options, tmp_path):
 
 def test_two_writers_are_refused(options, finished, tmp_path):
     """The lock is held by the process that writes, and by nobody when it is gone."""
-    from lorafit.train.checkpoint import single_writer
+    from lorafit.training.checkpoint import single_writer
 
     out = copy_of(finished, tmp_path)
     with single_writer(out), pytest.raises(ResumeError, match="another lorafit process"), single_writer(out):

@@ -66,7 +66,7 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 def _run(path: Path) -> dict[str, Any]:
     from lorafit.config import read_yaml
-    from lorafit.train.checkpoint import Checkpoints
+    from lorafit.training.checkpoint import Checkpoints
 
     report = path / "report.json"
     keys = ("base_loss", "adapter_loss", "steps", "tokens", "training_seconds", "peak_memory_bytes")

@@ -32,9 +32,9 @@ from lorafit.inputs import read_rows, read_template
 from lorafit.model.load import Base, context_of, load_base
 from lorafit.model.sources import open_source
 from lorafit.settings import settle_for_data, settle_for_machine
-from lorafit.train.checkpoint import Checkpoints, Progress, single_writer
-from lorafit.train.loop import Plan, Run, StopRequest, fit
-from lorafit.train.metrics import Metrics
+from lorafit.training.checkpoint import Checkpoints, Progress, single_writer
+from lorafit.training.loop import Plan, Run, StopRequest, fit
+from lorafit.training.metrics import Metrics
 
 OURS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "report.html", "report.json", ".lock")
 PATHS = ("model", "data", "eval", "out", "template", "init_adapter")  # may move; what they hold may not change

@@ -9,8 +9,8 @@ from typing import Any
 from lorafit import machine
 from lorafit.config import Resolved
 from lorafit.data.batch import Tokens
-from lorafit.train.loop import Plan
-from lorafit.train.optim import auto_lr
+from lorafit.training.loop import Plan
+from lorafit.training.optim import auto_lr
 
 SMALL_DATA = 500  # rows
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from builders.tokenizers_tiny import CHAT_TEMPLATE, tiny_backend
 from lorafit.data.records import Record
+from lorafit.data.tokens import TokenRow
 from lorafit.formats.tokenizer import TextTokenizer
 
 CALLS = (
@@ -163,3 +164,13 @@ def chat(
 
 def text_record(text: str, kind: str = "text", place: str = "train.jsonl:1") -> Record:
     return Record(place, 1, kind, None, None, text, {"text": text})
+
+
+def trained_texts(row: TokenRow) -> list[str]:
+    """The text of each run of trained tokens."""
+    runs, before = [], False
+    for text, trained in zip(row.texts(), row.trained, strict=True):
+        if trained:
+            runs[len(runs) - 1 :] = [runs[-1] + text] if before else [*runs[-1:], text]
+        before = trained
+    return runs

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,11 @@ def write_data(path: Path, rows: int = 24) -> Path:
 
 
 def train_in_child(options: dict[str, Any]) -> None:
-    """The child: train, or resume if the run was begun; silent."""
+    """The child: train, or resume if the run was begun."""
     import lorafit
     from lorafit.errors import LorafitError
     from lorafit.run import resume
 
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 -- the process ends with it
     try:
         if (Path(options["out"]) / "run.yaml").exists():
             resume(Path(options["out"]))

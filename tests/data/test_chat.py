@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from tokenizers import AddedToken
 
-from builders.chats import STYLES, assistant, call, chat, style_tokenizer, template_tokenizer, user
+from builders.chats import STYLES, assistant, call, chat, style_tokenizer, template_tokenizer, trained_texts, user
 from builders.tokenizers_tiny import tiny_tokenizer
 from lorafit.data.chat import EMPTY, UNENDED, encode_prompt, encode_record, tools_ignored
 from lorafit.data.tokens import TokenRow
@@ -36,16 +35,6 @@ ALPHABET = [
     "?",
 ]
 TOOLS = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
-
-
-def trained_texts(row: TokenRow) -> list[str]:
-    """The text of each run of trained tokens."""
-    runs, before = [], False
-    for text, trained in zip(row.texts(), row.trained, strict=True):
-        if trained:
-            runs[len(runs) - 1 :] = [runs[-1] + text] if before else [*runs[-1:], text]
-        before = trained
-    return runs
 
 
 def expected(name: str, *answers: str) -> list[str]:
@@ -96,23 +85,6 @@ def test_tool_calls_are_trained_and_tool_results_are_not(name):
     if name == "qwen3":
         wanted[-1] = "<think>\n\n</think>\n\n" + wanted[-1]
     assert trained_texts(row) == wanted
-
-
-def test_thinking_that_the_template_drops_is_not_trained():
-    """Qwen 3's template strips the thinking of earlier answers; of the last one it is trained."""
-    thought = "<think>\nhm\n</think>\n\n"
-    row = encode_record(
-        chat(user("a"), assistant(thought + "one"), user("b"), assistant(thought + "two")), style_tokenizer("qwen3")
-    )
-    assert trained_texts(row) == ["one<|im_end|>", thought + "two<|im_end|>"]
-
-
-def test_what_the_generation_prompt_says_is_not_trained():
-    """Words of the template that stand in the prompt when an answer is generated are not the answer's."""
-    row = encode_record(chat(user("a"), assistant("<think>\nhm\n</think>\none")), style_tokenizer("opened"))
-    assert trained_texts(row) == ["hm\n</think>\none<|end|>"]
-    row = encode_record(chat(user("a"), assistant("<b>one</b>")), style_tokenizer("opened"))
-    assert trained_texts(row) == ["<b>one</b><|end|>"], "an answer may begin like the prompt's last words"
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -167,14 +139,6 @@ def test_random_conversations(name):
         assert tokenizer.decode(trained) == "".join(wanted)
 
 
-def test_a_character_of_several_tokens_is_shown_once():
-    """The first of a character's tokens shows it, the others show nothing."""
-    row = encode_record(chat(user("a"), assistant("🙂")), tiny_tokenizer())
-    face = row.texts().index("🙂")
-    assert row.texts()[face + 1 : face + 4] == ["", "", ""]
-    assert row.trained[face : face + 4] == [True] * 4
-
-
 def test_last_trains_only_the_last_answer():
     """--trained last leaves every answer but the last alone."""
     record = chat(user("a"), assistant("one"), user("b"), assistant("two"), user("c"))
@@ -192,77 +156,6 @@ def test_answers_in_the_prompt_of_a_prompt_completion_row_are_not_trained():
     record = chat(user("a"), assistant("shot"), user("b"), assistant("two"))
     record = type(record)(**{**record.__dict__, "prompt": 3})
     assert trained_texts(encode_record(record, tiny_tokenizer())) == ["two<|im_end|>"]
-
-
-def test_a_token_across_the_span_s_start_is_not_trained():
-    """White space that merges with the header is the header's."""
-    tokenizer = template_tokenizer(
-        "{% for m in messages %}{{ m.role }}:{{ m.content }}<e>{% endfor %}", ("<e>",), end="<e>"
-    )
-    row = encode_record(chat(user("a"), assistant(" b")), tokenizer)
-    assert trained_texts(row) == [" b<e>"]
-    joined = template_tokenizer(
-        "{% for m in messages %}{{ m.content }}<e>{% endfor %}{% if add_generation_prompt %} {% endif %}",
-        ("<e>",),
-        end="<e>",
-    )
-    row = encode_record(chat(user("a"), assistant(" the")), joined)
-    assert trained_texts(row) == ["<e>"], "the prompt's space and the answer's first word are one token"
-
-
-def test_an_end_token_that_takes_white_space_along_is_trained():
-    """Phi-3's end token swallows the newline after it; it is the end of the turn all the same."""
-    template = (
-        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-    )
-    tokenizer = template_tokenizer(template, ("<|user|>", "<|assistant|>"))
-    tokenizer.backend.add_special_tokens([AddedToken("<|end|>", special=True, rstrip=True, normalized=False)])
-    tokenizer.special["<|end|>"] = tokenizer.backend.token_to_id("<|end|>")
-    row = encode_record(chat(user("a"), assistant("one"), user("b"), assistant("two")), tokenizer)
-    assert [text.rstrip() for text in trained_texts(row)] == ["one<|end|>", "two<|end|>"]
-
-
-def test_a_template_that_writes_bos_twice_has_it_once():
-    """Two beginnings of text never stand in a row."""
-    tokenizer = template_tokenizer(
-        "{{ bos_token }}{{ bos_token }}" + STYLES["chatml"].template, ("<s>", "<|im_start|>", "<|im_end|>"), "<s>"
-    )
-    row = encode_record(chat(user("a"), assistant("b")), tokenizer)
-    assert list(row.ids).count(tokenizer.bos_id) == 1
-    assert trained_texts(row) == ["b<|im_end|>"]
-
-
-def test_a_final_token_of_the_whole_conversation_does_not_hide_the_end_of_turns():
-    """Where the template ends only the conversation with EOS, earlier turns still end with their own token."""
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<eos>{% endif %}"
-    )
-    tokenizer = template_tokenizer(template, ("<|im_start|>", "<|im_end|>", "<eos>"))
-    row = encode_record(chat(user("a"), assistant("one"), user("b"), assistant("two")), tokenizer)
-    assert trained_texts(row) == ["one<|im_end|>", "two<|im_end|>\n<eos>"]
-
-
-def test_the_next_turn_s_header_is_no_end_token():
-    """A template that rewrites turns and ends none: the special token that follows belongs to the next turn."""
-    template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '!' if loop.last }}\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    tokenizer = template_tokenizer(template, ("<|user|>", "<|assistant|>"))
-    row = encode_record(chat(user("a"), assistant("one"), user("b"), assistant("two")), tokenizer)
-    assert trained_texts(row) == ["one", "two"]
-    assert UNENDED in row.notes
-
-
-def test_a_turn_that_the_template_does_not_write_is_an_error():
-    """An answer that is not in the rendering cannot be trained: error at the row's place."""
-    tokenizer = template_tokenizer(
-        "{% for m in messages if m.role == 'user' %}{{ m.content }}<e>{% endfor %}{{ messages | length }}", ("<e>",)
-    )
-    with pytest.raises(DataError, match=r"^f.jsonl:9: .*does not write messages\[1\]"):
-        encode_record(chat(user("a"), assistant("b"), user("c"), place="f.jsonl:9"), tokenizer)
 
 
 def test_a_row_that_the_template_refuses_is_an_error_at_its_place():
@@ -309,3 +202,25 @@ def test_a_prompt_is_what_an_answer_was_trained_after(name):
     assert list(row.ids[: len(prompt)]) == prompt
     assert name == "unprompted" or not any(row.trained[: len(prompt)])
     assert name == "unprompted" or row.trained[len(prompt)]
+
+
+def test_templates_that_want_arguments_as_text_get_them_so():
+    """DeepSeek's template joins the arguments as JSON text; a template that reads them as an object gets the object."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content + '' }}{% for c in m.tool_calls %}"
+        "{{ c.function.name + c.function.arguments }}{% endfor %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = template_tokenizer(template, ("<|user|>", "<|assistant|>", "<|end|>"))
+    row = encode_record(chat(user("a"), call("f", city="Zürich")), tokenizer)
+    assert trained_texts(row) == ['f{"city": "Zürich"}<|end|>']
+
+
+def test_an_answer_that_the_template_passes_over_is_not_trained():
+    """Where nothing of an answer is written, its bare end token would teach silence."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.content is not string %}{{ m.content }}{% endif %}<|end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer = template_tokenizer(template, ("<|user|>", "<|assistant|>", "<|end|>"))
+    assert not any(encode_record(chat(user("a"), assistant("b")), tokenizer).trained)

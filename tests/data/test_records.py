@@ -248,14 +248,16 @@ def said(speaker: str, value: str | None) -> dict[str, str | None]:
 
 SYSTEM = {"role": "system", "content": "s"}
 NAMED = {"role": "user", "content": "q", "name": "Eve"}
+ALPACA = {"instruction": "i", "input": "x", "output": "o", "system": "s"}
+SHAREGPT = {"conversations": [said("human", "q"), said("gpt", "a")], "system": "s"}
 SHAPES = [
     ({"prompt": "q", "completion": "a"}, "prompt/completion", (user("q"), assistant("a"))),
     ({"instruction": "i", "input": "", "output": "o"}, "alpaca", (user("i"), assistant("o"))),
-    ({"instruction": "i", "input": "x", "output": "o", "system": "s"}, "alpaca", (SYSTEM, user("i\n\nx"), assistant("o"))),
+    (ALPACA, "alpaca", (SYSTEM, user("i\n\nx"), assistant("o"))),
     ({"messages": [user("q"), assistant("a")], "text": "t", "n": 10**400}, "chat", (user("q"), assistant("a"))),
     ({"messages": [user([part("a"), part("b")]), assistant("c")]}, "chat", (user("ab"), assistant("c"))),
     ({"messages": [NAMED | {"weight": None}, assistant("a")]}, "chat", (NAMED, assistant("a"))),
-    ({"conversations": [said("human", "q"), said("gpt", "a")], "system": "s"}, "sharegpt", (SYSTEM, user("q"), assistant("a"))),
+    (SHAREGPT, "sharegpt", (SYSTEM, user("q"), assistant("a"))),
 ]  # fmt: skip
 
 

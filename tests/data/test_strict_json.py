@@ -28,8 +28,11 @@ def test_good_json_is_read_as_python_reads_it(ascii_only):
         assert parse(f" {written}\n") == json.loads(written)
 
 
-BAD = ["", " ", "{", '{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 2}}]', "NaN", "[Infinity]", "-1e999", '"\\ud800"', '"a\\u0000"',
-       "[" * 65 + "]" * 65, "[" * 10**5, '{"a":' * 10**5, "1 2", "{'a': 1}", "[1,]", "9" * 5000, '"a\nb"', "\ufeff1"]  # fmt: skip
+BAD = [
+    "", " ", "{", '{"a": 1, "a": 2}', '[{"b": {"a": 1, "a": 2}}]', "NaN", "[Infinity]", "-1e999", '"\\ud800"',
+    '"a\\u0000"', "[" * 65 + "]" * 65, "[" * 10**5, '{"a":' * 10**5, "1 2", "{'a': 1}", "[1,]", "9" * 5000,
+    '"a\nb"', "\ufeff1",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", BAD, ids=range(len(BAD)))

@@ -222,10 +222,10 @@ REFUSED = {
     "infinite base": ({"llama.rope.freq_base": float("inf")}, "llama.rope.freq_base: is inf"),
     "no epsilon": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_epsilon: is nan"),
     "another scaling": ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type: rotary scaling 'longrope'"),
-    "old scaling": ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear: rotary scaling 'linear' with this is"),
+    "old scaling": ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear: this part of rotary scaling is"),
     "unknown scaling key": (
         {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.yarn_ext_factor": 2.0},
-        "llama.rope.scaling.yarn_ext_factor: rotary scaling 'yarn' with this is not supported yet",
+        "llama.rope.scaling.yarn_ext_factor: this part of rotary scaling is not supported yet",
     ),
     "token past the vocabulary": (
         {"tokenizer.ggml.eos_token_id": 512},

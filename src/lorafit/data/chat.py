@@ -5,6 +5,7 @@ A row has exactly the ids of its rendering; only rows with look-alikes of specia
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def tools_ignored(record: Record, tokenizer: Tokenizer) -> bool:
 
     Raises ModelError where the template refuses the row.
     """
-    messages = _filled(record.messages or (), record.tools, tokenizer)
+    messages = _accepted(record.messages or (), record.tools, tokenizer)
     silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
     without: list[tuple[list[Message], Tools]] = []
     if record.tools:
@@ -100,7 +101,7 @@ def _prepared(messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer) -
     look_alike = first_look_alike([messages, tools], special)
     if look_alike:
         (messages, tools), mark = broken([messages, tools], special)
-    return _Chat(Renderings(tokenizer, _filled(messages, tools, tokenizer), tools), special, mark, look_alike)
+    return _Chat(Renderings(tokenizer, _accepted(messages, tools, tokenizer), tools), special, mark, look_alike)
 
 
 def _encode_chat(record: Record, messages: Sequence[Message], tokenizer: Tokenizer, trained: Trained) -> TokenRow:
@@ -108,10 +109,11 @@ def _encode_chat(record: Record, messages: Sequence[Message], tokenizer: Tokeniz
     text = chat.renderings.full
     turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n >= record.prompt]
     wanted = {"assistant": turns, "last": turns[-1:], "all": []}[trained]
-    placed = zip(wanted, turn_spans(chat.renderings, wanted, chat.special), strict=True)
+    stops = {token for token, number in tokenizer.special.items() if number in tokenizer.end_ids}
+    placed = zip(wanted, turn_spans(chat.renderings, wanted, chat.special, stops), strict=True)
     spans = [span for turn, span in placed if not _unsaid(messages[turn], text[span.start : span.end], chat.special)]
     notes = [STAYS_TEXT.format(chat.look_alike)] if chat.look_alike else []
-    if any(not messages[turn].get("tool_calls") and not messages[turn]["content"].strip() for turn in turns):
+    if any(_is_empty(messages[turn]) for turn in turns):
         notes.append(EMPTY)
     if not all(span.ended for span in spans):
         notes.append(UNENDED)
@@ -122,17 +124,34 @@ def _encode_chat(record: Record, messages: Sequence[Message], tokenizer: Tokeniz
     return pieces.row(record, flags, tuple(notes))
 
 
-def _filled(messages: Sequence[Message], tools: Tools, template: Template) -> list[Message]:
-    """Messages as this template takes them: some refuse a turn of tool calls without content, and get empty text."""
-    if all("content" in message for message in messages):
-        return list(messages)
-    try:
-        Renderings(template, messages, tools).first(len(messages))
-    except ModelError:
-        return [{"content": "", **message} for message in messages]
-    return list(messages)
+def _accepted(messages: Sequence[Message], tools: Tools, template: Template) -> list[Message]:
+    """Messages spelled as this template takes them. Turns of tool calls have no content and arguments as objects;
+    some templates refuse one or the other, and get empty content or arguments in JSON text."""
+    given = list(messages)
+    if not any(message.get("tool_calls") for message in given):
+        return given
+    filled = [{"content": "", **message} for message in given]
+    for spelled in (given, filled, _arguments_as_text(given), _arguments_as_text(filled)):
+        try:
+            Renderings(template, spelled, tools).first(len(spelled))
+        except ModelError:
+            continue
+        return spelled
+    return filled
+
+
+def _arguments_as_text(messages: Sequence[Message]) -> list[Message]:
+    def text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [m | {"tool_calls": [text(call) for call in m["tool_calls"]]} if "tool_calls" in m else m for m in messages]
 
 
 def _unsaid(message: Message, rendered: str, special: re.Pattern[str]) -> bool:
-    """Whether a turn has tool calls and the template wrote nothing of it: training it would teach silence."""
-    return bool(message.get("tool_calls")) and not special.sub("", rendered).strip()
+    """Whether a turn says something and the template wrote nothing of it: training it would teach silence."""
+    return not _is_empty(message) and not special.sub("", rendered).strip()
+
+
+def _is_empty(message: Message) -> bool:
+    return not message.get("tool_calls") and not message["content"].strip()

@@ -69,7 +69,7 @@ def build_rows(
         "tokens": sum(len(row.ids) for row in used),
         "trained_tokens": sum(sum(row.trained) for row in used),
     }
-    problems = [*_length_problems(whole, rows), *duplicates, *_notes(whole), *_unseen_tools(whole, tokenizer)]
+    problems = [*_notes(whole), *_unseen_tools(whole, tokenizer), *_length_problems(whole, rows), *duplicates]
     longest = max((len(row.ids) for row in used), default=bound)
     return Rows(used, problems, counts, faults, bound if max_length else longest)
 
@@ -78,22 +78,14 @@ def _length_problems(whole: Sequence[TokenRow], rows: Sequence[TokenRow]) -> lis
     """Rows that were cut, and rows that are left without a trained token."""
     problems = []
     for before, after in zip(whole, rows, strict=True):
-        within = f"cut from {len(before.ids)} to {len(after.ids)} tokens"
+        lost = sum(before.trained) - sum(after.trained)
+        what = f"cut from {len(before.ids)} to {len(after.ids)} tokens: " if after.cut else ""
         if not any(after.trained):
-            problems.append(
-                (
-                    after.record.place,
-                    f"{within}: no trained token is left, not used" if after.cut else "no token is trained, not used",
-                )
-            )
+            what += "no trained token is left, not used" if lost else "no token is trained, not used"
         elif after.cut:
-            lost = sum(before.trained) - sum(after.trained)
-            problems.append(
-                (
-                    after.record.place,
-                    f"{within}: " + (f"the answer loses {lost} tokens" if lost else "no answer is touched"),
-                )
-            )
+            what += f"the answer loses {lost} tokens" if lost else "no answer is touched"
+        if what:
+            problems.append((after.record.place, what))
     return problems
 
 
@@ -102,9 +94,10 @@ def _duplicates(records: Sequence[Record]) -> list[Problem]:
     first: dict[str, str] = {}
     problems = []
     for record in records:
-        place = first.setdefault(content_hash(record), record.place)
-        if place != record.place:
-            problems.append((record.place, f"says the same as {place}"))
+        said = content_hash(record)
+        if said in first:
+            problems.append((record.place, f"says the same as {first[said]}"))
+        first.setdefault(said, record.place)
     return problems
 
 

@@ -12,7 +12,7 @@ probe, characters that stand nowhere else: where the two renderings differ are t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from lorafit.data.lookalikes import absent
@@ -74,26 +74,36 @@ class Renderings:
         return text
 
 
-def turn_spans(renderings: Renderings, turns: Sequence[int], special: re.Pattern[str]) -> list[Span]:
+def turn_spans(
+    renderings: Renderings, turns: Sequence[int], special: re.Pattern[str], stops: Container[str]
+) -> list[Span]:
     """The span of each assistant message of `turns` (indices, ascending) in `renderings.full`.
 
     A span begins where the model begins to write and ends with the end-of-turn token; where the turn has none, with
-    the last character that is not white space. special: matches special tokens. Raises UnplacedError.
+    the last character that is not white space. special: matches special tokens; stops: those that end a generation.
+    Raises UnplacedError.
     """
     spans: list[Span] = []
     for turn in turns:
         start, words_end, limit = _appended(renderings, turn) or _probed(renderings, turn, special)
         if spans and start < spans[-1].end:
             raise UnplacedError(f"messages[{turn}] cannot be told from the turn before it")
-        spans.append(_closed(renderings.full, start, words_end, limit, special))
+        spans.append(_closed(renderings.full, start, words_end, limit, special, stops))
     return spans
 
 
-def _closed(text: str, start: int, words_end: int, limit: int, special: re.Pattern[str]) -> Span:
-    """The span from `start` through the last special token before `limit`, unless words follow that token."""
+def _closed(text: str, start: int, words_end: int, limit: int, special: re.Pattern[str], stops: Container[str]) -> Span:
+    """The span from `start` through the last special token before `limit`, unless words follow that token.
+
+    Where there is none, a stop right after the words is theirs: gpt-oss ends the last answer with another token than
+    those before it, and GLM stops at the next turn's header.
+    """
     found = list(special.finditer(text, start, limit))
     if found and not text[found[-1].end() : words_end].strip():
         return Span(start, found[-1].end(), True)
+    stop = special.search(text, words_end)
+    if stop and stop.group() in stops and not text[words_end : stop.start()].strip():
+        return Span(start, stop.end(), True)
     return Span(start, start + len(text[start:words_end].rstrip()), False)
 
 
@@ -126,6 +136,9 @@ def _probed(renderings: Renderings, turn: int, special: re.Pattern[str]) -> tupl
     full, (start, end) = renderings.full, words
     probe = _probe(full)
     try:
+        before = renderings.first(turn, prompt=True)
+        if before != renderings.first(turn) and full.startswith(before):
+            start = min(start, len(before))
         # What follows the words when the turn is the last is its end, as far as it also follows them here.
         closing = renderings.of([*renderings.messages[:turn], _turn(probe)]).partition(probe)[2]
         return start, end, end + _common(full[end:], closing)

@@ -90,17 +90,18 @@ def _unsound(value: Any, text: str) -> str | None:
     """Deep nesting, NUL and half surrogate pairs, looked for only where the text may hold them."""
     if text.count("[") + text.count("{") <= MAX_DEPTH and not _ESCAPED_NUL_OR_SURROGATE.search(text):
         return None
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH and any(isinstance(item, (dict, list)) for item in level):
+            return f"nesting deeper than {MAX_DEPTH} levels"
         strings = [item for item in level if isinstance(item, str)]
         if any("\0" in item for item in strings):
             return "a NUL character (\\u0000) in a string"
         if any("\ud800" <= character <= "\udfff" for item in strings for character in item):
             return "half of a surrogate pair (a broken \\u escape) in a string"
         level = [child for item in level if isinstance(item, (dict, list)) for child in _children(item)]
-        if not level:
-            return None
-    return f"nesting deeper than {MAX_DEPTH} levels"
+    return None
 
 
 def _children(item: dict[str, Any] | list[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorafit.data.batch import Tokens, pack_rows
 from lorafit.model.head import Head
-from lorafit.train.step import pack_losses
+from lorafit.training.step import pack_losses
 
 NORMAL_95 = 1.959964  # two-sided 95 % point of the normal distribution
 

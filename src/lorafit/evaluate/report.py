@@ -17,7 +17,7 @@ from lorafit.evaluate.heldout import held_out, paired_difference
 from lorafit.formats.folders import write_text_atomically
 from lorafit.model.generate import generate
 from lorafit.model.load import Base
-from lorafit.train.metrics import read_metrics
+from lorafit.training.metrics import read_metrics
 
 SAMPLES, SAMPLE_TOKENS, SAMPLE_SECONDS = 4, 64, 60
 

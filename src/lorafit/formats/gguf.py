@@ -106,13 +106,6 @@ class GgufFile:
             raise ModelError(place(self.path, key), f"has type {self.types[key]}, not {kind.__name__}")
         return value
 
-    def array(self, key: str, kind: type[Scalar]) -> list[Scalar]:
-        """The key's list, whose elements must be of this kind; empty where the key is absent. Raises ModelError."""
-        values = self.metadata.get(key, [])
-        if type(values) is not list or (values and type(values[0]) is not kind):
-            raise ModelError(place(self.path, key), f"has type {self.types[key]}, not array of {kind.__name__}")
-        return values
-
 
 def read_gguf(path: str | Path) -> GgufFile:
     """Map and check the file at `path`. Raises ModelError for anything that is not a whole, valid GGUF file."""
@@ -285,7 +278,7 @@ class _Reader:
             rows, row_bytes = math.prod(shape[:-1]), shape[-1] // block.elements * block.bytes
             start = base + offset
             if start < end:
-                self.fail(f"overlaps {previous}")
+                self.fail(f"overlaps {previous!r}")
             end = start + rows * row_bytes
             if end > self.size:
                 self.fail(f"needs bytes {start} to {end} of a file of {self.size}", "the download was cut; repeat it")

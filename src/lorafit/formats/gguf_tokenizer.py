@@ -18,34 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from lorafit.errors import ModelError
+from lorafit.formats import place
+from lorafit.formats.gguf import GgufFile
+from lorafit.formats.tokenizer import END_OF_TURN, TextTokenizer, end_ids
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-
-# Tokens that end a turn or a text in published models; only those that a vocabulary holds as control tokens count.
-END_OF_TURN = frozenset(
-    (
-        "<|im_end|>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|eot|>",
-        "<|eom|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<end_of_turn>",
-        "<turn|>",
-        "<|end_of_turn|>",
-        "<|END_OF_TURN_TOKEN|>",
-        "<end_of_utterance>",
-    )
-)
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -123,25 +106,19 @@ PRE_TOKENIZERS: dict[str, WordSplit] = {
 }
 
 
-class GgufTokenizer(NamedTuple):
-    """What a GGUF file says about text: the backend, the ids that begin and end it, the control tokens."""
-
-    backend: Tokenizer
-    bos_id: int | None
-    eos_id: int | None
-    add_bos: bool
-    special: dict[str, int]
-    end_ids: frozenset[int]
+def from_gguf(gguf: GgufFile, template: str | None = None) -> TextTokenizer:
+    """The tokenizer of a GGUF file; template: Jinja source to use instead of the file's own. Raises ModelError."""
+    return from_metadata(gguf.metadata, gguf.path, template)
 
 
 class _Keys:
     """The file's metadata, read with a check of every type; errors name file and key."""
 
-    def __init__(self, metadata: Mapping[str, Any], place: str) -> None:
-        self.metadata, self.place = metadata, place
+    def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
+        self.metadata, self.path = metadata, path
 
     def error(self, key: str, what: str, remedy: str = "") -> ModelError:
-        return ModelError(f"{self.place}: {key}", what, remedy)
+        return ModelError(place(self.path, key), what, remedy)
 
     def scalar(self, key: str, kind: type) -> Any:
         value = self.metadata.get(key)
@@ -167,46 +144,58 @@ class _Keys:
         return value
 
 
-def build_tokenizer(metadata: Mapping[str, Any], place: str) -> GgufTokenizer:
-    """The tokenizer that `tokenizer.ggml.*` describes; place: the file, for errors.
+def from_metadata(metadata: Mapping[str, Any], path: Path, template: str | None = None) -> TextTokenizer:
+    """The tokenizer that `tokenizer.*` describes; path: the file, for errors.
 
-    metadata: the file's keys with plain values; arrays as lists. Raises ModelError with file and key
-    when an array is missing, of another type or length, when an id is out of range, or when the kind of tokenizer or
-    the pre-tokenizer is not known here: a guess would give other ids than the model was trained with.
+    metadata: plain values, arrays as lists. Raises ModelError with file and key when an array is missing, of another
+    type or length, when an id is out of range, or when the kind of tokenizer or the pre-tokenizer is not known here: a
+    guess would give other ids than the model was trained with.
     """
-    keys = _Keys(metadata, place)
+    keys = _Keys(metadata, path)
     kind = keys.scalar("tokenizer.ggml.model", str)
     if kind not in ("gpt2", "llama"):
         raise keys.error("tokenizer.ggml.model", f"{kind!r} is not supported", "supported are 'gpt2' and 'llama'")
     tokens = keys.array("tokenizer.ggml.tokens", (str,))
-    types = [NORMAL] * len(tokens)
-    if kind == "llama" or "tokenizer.ggml.token_type" in metadata:
-        types = list(keys.array("tokenizer.ggml.token_type", (int,), len(tokens)))
     bos, eos, eot, eom = (
         keys.token_id(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("bos", "eos", "eot", "eom")
     )
-    for number in (bos, eos, eot, eom):
-        if number is not None:
-            types[number] = CONTROL
-    for number, token in enumerate(tokens):
-        if types[number] == USER_DEFINED and token in END_OF_TURN:
-            types[number] = CONTROL  # some converters lose the flag; llama.cpp corrects it in the same way
-
+    ends = [number for number in (eos, eot, eom) if number is not None]
+    types = _types(keys, tokens, ends if bos is None else [bos, *ends])
     backend = _byte_level(keys, tokens) if kind == "gpt2" else _sentencepiece(keys, tokens, types)
-    special = {token: n for n, token in enumerate(tokens) if types[n] in (CONTROL, UNKNOWN)}
+    special = {token: number for number, token in enumerate(tokens) if types[number] in (CONTROL, UNKNOWN)}
     _add_whole_tokens(backend, special, [token for n, token in enumerate(tokens) if types[n] == USER_DEFINED])
 
     add_bos = keys.scalar("tokenizer.ggml.add_bos_token", bool)
     if add_bos is None:  # files from before the flag: what llama.cpp assumes
         add_bos = kind == "llama" or PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].whole
-    return GgufTokenizer(
+    return TextTokenizer(
         backend=backend,
+        chat_template=keys.scalar("tokenizer.chat_template", str) if template is None else template,
+        bos_token=None if bos is None else tokens[bos],
         bos_id=bos,
+        eos_token=None if eos is None else tokens[eos],
         eos_id=eos,
         add_bos=add_bos and bos is not None,
         special=special,
-        end_ids=frozenset(number for number in (eos, eot, eom) if number is not None),
+        end_ids=end_ids(special, ends),
+        place=str(path),
     )
+
+
+def _types(keys: _Keys, tokens: Sequence[str], control: Sequence[int]) -> list[int]:
+    """Each token's type; what begins or ends a text is a control token, whatever the file says.
+
+    Some converters lose the flag of end-of-turn tokens; llama.cpp corrects it in the same way.
+    """
+    types = [NORMAL] * len(tokens)
+    if "tokenizer.ggml.token_type" in keys.metadata:
+        types = list(keys.array("tokenizer.ggml.token_type", (int,), len(tokens)))
+    for number in control:
+        types[number] = CONTROL
+    return [
+        CONTROL if kind == USER_DEFINED and token in END_OF_TURN else kind
+        for kind, token in zip(types, tokens, strict=True)
+    ]
 
 
 def _add_whole_tokens(backend: Tokenizer, special: Mapping[str, int], user_defined: Sequence[str]) -> None:

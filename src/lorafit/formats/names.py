@@ -59,6 +59,7 @@ class Family:
     interleaved: bool = False
     """Rows of q and k come in the order of ggml's rotary embedding: (0, half, 1, half + 1, ...) within each head."""
     norms_plus_one: bool = False
+    """The file's norms multiply by what it holds; transformers' multiply by one more than their weight."""
 
 
 FAMILIES = {
@@ -79,7 +80,7 @@ class Entry:
     heads: int = 0
     """Heads whose rows are interleaved; 0: rows are in Hugging Face's order."""
     plus: float = 0.0
-    """What the file's values have too much."""
+    """What the file's values are larger by."""
 
     def row_order(self) -> np.ndarray | None:
         """The file's row for each row of the parameter, (rows,) int64; None where they are the same."""
@@ -225,7 +226,7 @@ def _layers(gguf: GgufFile, architecture: str) -> int:
 def _positive(gguf: GgufFile, key: str, default: float | None = None) -> float:
     """A positive number, as the shortest decimal that is the same fp32: 1e-05, not the 9.99999975e-06 in the file."""
     value = gguf.value(key, float, default)
-    if not 0 < value < math.inf:
+    if not 1e-30 < value < 1e30:
         raise _fault(gguf, key, f"is {value}")
     return float(str(np.float32(value)))
 
@@ -262,13 +263,15 @@ def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
     factor = _positive(gguf, f"{prefix}scaling.factor", 1.0)
     read = {f"{prefix}scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
     other = sorted(key for key in gguf.metadata if key.startswith(f"{prefix}scal") and key not in read)
-    if kind == "none" or (kind == "linear" and factor == 1 and not other):
+    if other and kind != "none":
+        raise _fault(gguf, other[0], "this part of rotary scaling is not supported yet", UNSUPPORTED)
+    if kind == "none" or (kind == "linear" and factor == 1):
         if architecture == "llama" and ROPE_FACTORS in gguf.tensors:
             return _llama3_rope(gguf, theta, head_dim)
         return {"rope_type": "default", "rope_theta": theta}
-    if kind not in ("linear", "yarn") or other or ROPE_FACTORS in gguf.tensors:
-        where = other[0] if other else f"{prefix}scaling.type"
-        raise _fault(gguf, where, f"rotary scaling {kind[:40]!r} with this is not supported yet", UNSUPPORTED)
+    if kind not in ("linear", "yarn") or ROPE_FACTORS in gguf.tensors:
+        what = f"rotary scaling {kind[:40]!r} is not supported yet"
+        raise _fault(gguf, f"{prefix}scaling.type", what, UNSUPPORTED)
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": factor}
     if kind == "yarn":
         key = f"{prefix}scaling.original_context_length"

@@ -155,7 +155,7 @@ def _span(where: str, entry: Any, error: type[LorafitError]) -> tuple[int, int]:
         raise error(where, f"has dtype {str(dtype)[:40]!a}, which is not read", f"use weights in {', '.join(BYTES)}")
     for name, values in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(values, list) or len(values) > MAX_DIMENSIONS or not all(map(_is_count, values)):
-            raise error(where, f"its {name} are no list of at most {MAX_DIMENSIONS} counts", remedy)
+            raise error(where, f"{name} is no list of at most {MAX_DIMENSIONS} counts", remedy)
     needed = math.prod(shape) * BYTES[dtype]
     if len(offsets) != 2 or offsets[1] - offsets[0] != needed:
         raise error(where, f"has data_offsets {offsets}, and its shape {shape} takes {needed} bytes", remedy)

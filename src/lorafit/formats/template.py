@@ -39,52 +39,16 @@ MAX_BITS = 4096  # of an integer
 STEP, ITEM = 128, 64  # work of one loop step or call, and of one element of a list
 
 FILTERS = """
-    abs capitalize count d default dictsort e escape first float groupby indent int items join last length
-    list lower map max min reject rejectattr replace reverse round safe select selectattr sort string title
-    tojson trim truncate unique upper
-""".split()  # noqa: SIM905 -- a list of words reads better
+    abs capitalize count d default dictsort e escape first float groupby indent int items join last length list lower
+    map max min reject rejectattr replace reverse round safe select selectattr sort string tojson trim truncate unique
+    upper
+"""
 SPREADING = ("list", "sort", "unique", "groupby", "dictsort")  # filters that hold all elements at once
-TEXT_METHODS = frozenset(
-    [
-        "capitalize",
-        "casefold",
-        "count",
-        "endswith",
-        "find",
-        "index",
-        "isalnum",
-        "isalpha",
-        "isascii",
-        "isdecimal",
-        "isdigit",
-        "isidentifier",
-        "islower",
-        "isnumeric",
-        "isprintable",
-        "isspace",
-        "istitle",
-        "isupper",
-        "join",
-        "lower",
-        "lstrip",
-        "partition",
-        "removeprefix",
-        "removesuffix",
-        "replace",
-        "rfind",
-        "rindex",
-        "rpartition",
-        "rsplit",
-        "rstrip",
-        "split",
-        "splitlines",
-        "startswith",
-        "strip",
-        "swapcase",
-        "title",
-        "upper",
-    ]
-)
+TEXT_METHODS = """
+    capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit isidentifier islower
+    isnumeric isprintable isspace istitle isupper join lower lstrip partition removeprefix removesuffix replace rfind
+    rindex rpartition rsplit rstrip split splitlines startswith strip swapcase title upper
+"""
 
 PLAIN_TEMPLATE = """\
 {{- bos_token }}
@@ -111,7 +75,7 @@ content that is not text is written as JSON. An answer ends with the end-of-text
 right where an answer begins.
 """
 
-_CONTAINERS: tuple[type, ...] = (list, tuple, dict, set, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[type[Iterable[Any]], ...] = (list, tuple, dict, set, type({}.keys()), type({}.values()), type({}.items()))
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -188,7 +152,7 @@ class ChatTemplate:
                 **variables,
             )
         except _Raised as error:
-            raise TemplateRefusal(self.place, f"refuses the messages: {error}") from error
+            raise TemplateRefusal(self.place, str(error)) from error
         except _TooMuch as error:
             raise self._error(f"asks for too much: {error}") from error
         except _FAULTS as error:
@@ -274,6 +238,7 @@ class _Metered(ImmutableSandboxedEnvironment):
     """Jinja's sandbox on a budget; `begin` refills it before each rendering."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
+    text_methods = frozenset(TEXT_METHODS.split())
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
@@ -284,7 +249,7 @@ class _Metered(ImmutableSandboxedEnvironment):
             " made": _made,
             " elements": _elements,
         }
-        self.filters = {name: self.filters[name] for name in FILTERS} | own | paying
+        self.filters = {name: self.filters[name] for name in FILTERS.split()} | own | paying
         for name in ("lipsum", "cycler", "joiner"):
             del self.globals[name]
         self.globals |= {
@@ -349,7 +314,7 @@ class _Metered(ImmutableSandboxedEnvironment):
                 waiting.extend(item.keys())
                 waiting.extend(item.values())
             elif isinstance(item, _CONTAINERS):
-                waiting.extend(item)
+                waiting += item
             elements += 1
             if elements * ITEM > self.work:
                 break
@@ -412,7 +377,7 @@ class _Metered(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str):
-            return attr in TEXT_METHODS
+            return attr in self.text_methods
         return not isinstance(obj, int | float) and super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:

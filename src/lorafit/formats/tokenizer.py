@@ -2,23 +2,29 @@
 
 A model file brings three things for text: a vocabulary with its merges (the backend of the `tokenizers` package), the
 names of its control tokens, and a chat template. `TextTokenizer` holds all three, wherever they came from: a GGUF
-file's metadata (gguf_tokenizer.py builds the backend) or a Hugging Face folder (read here). Two laws matter for
-training:
+file's metadata (gguf_tokenizer.py) or a Hugging Face folder (`load_tokenizer`). Two laws matter for training:
 
-    encode never adds a token: the beginning-of-text token of a row is the caller's decision (`add_bos`), made once
-    text from the data is encoded with parse_special=False: "<|im_end|>" typed by a user stays eight characters
+    encode adds no token: whether a row starts with the beginning-of-text token is decided once, by the caller
+    text from the data is encoded with parse_special=False: "<|im_end|>" typed by a user stays ten characters
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from tokenizers import Tokenizer
 
+from lorafit.errors import ModelError
 from lorafit.formats.template import PLAIN_TEMPLATE, ChatTemplate
+
+Result = TypeVar("Result")
+
+MAX_FILE = 1 << 27  # bytes of one file of a folder; the largest published tokenizer.json has a quarter
 
 # Tokens that end a turn or a text in published models; only those that a vocabulary holds as control tokens count.
 END_OF_TURN = (
@@ -34,12 +40,9 @@ END_OF_TURN = (
     "<|call|>",
     "<end_of_turn>",
     "<turn|>",
-    "<|endofturn|>",
     "<|end_of_turn|>",
     "<|END_OF_TURN_TOKEN|>",
-    "<｜end▁of▁sentence｜>",
-    "</s>",
-    "<eos>",
+    "<end_of_utterance>",
 )
 
 
@@ -54,12 +57,13 @@ class Encoded(NamedTuple):
 class TextTokenizer:
     """A tokenizer with its control tokens and its chat template.
 
-    Not for several threads at once: whether control tokens are recognised is a switch of the backend.
+    Raises ModelError when the template does not compile. Not for several threads at once: whether control tokens are
+    recognised is a switch of the backend.
     """
 
     backend: Tokenizer
     chat_template: str | None
-    """Jinja source, None where the model has none; `render` then uses the plain template."""
+    """Jinja source; None where the model has none, and `render` uses the plain template."""
     bos_token: str | None
     bos_id: int | None
     eos_token: str | None
@@ -72,7 +76,9 @@ class TextTokenizer:
     """Every token that ends a generation."""
     place: str
     """The file or folder it came from, for errors."""
-    _template: ChatTemplate | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._template = ChatTemplate(self._template_source, f"{self.place}: chat template")
 
     @property
     def has_template(self) -> bool:
@@ -80,24 +86,31 @@ class TextTokenizer:
         return self.chat_template is not None
 
     @property
+    def _template_source(self) -> str:
+        return PLAIN_TEMPLATE if self.chat_template is None else self.chat_template
+
+    @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included; every id is below it."""
+        """Number of tokens, added ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, parse_special: bool = True) -> Encoded:
-        """The ids of `text` and their character offsets; never adds a BOS or EOS of its own.
+        """The ids of `text` and their character offsets; never a BOS or EOS that the text does not spell.
 
         parse_special=False encodes what looks like a control token as the plain characters that it is; on text
-        without such look-alikes both give the same ids. A character cut into several byte tokens gives each of them
-        the offsets of the whole character.
+        without such look-alikes both give the same ids. Of a character that is cut into several tokens each has the
+        offsets of the whole. Raises ModelError when the backend breaks down (a broken pattern in a tokenizer.json).
         """
         self.backend.encode_special_tokens = not parse_special
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        try:
+            encoding = _backend_call(self.place, lambda: self.backend.encode(text, add_special_tokens=False))
+        finally:
+            self.backend.encode_special_tokens = False
         return Encoded(encoding.ids, encoding.offsets)
 
-    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. skip_special=True leaves control tokens out."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special)
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def render(
         self,
@@ -108,28 +121,157 @@ class TextTokenizer:
     ) -> str:
         """The conversation as the text that the model sees, by its own template or by `PLAIN_TEMPLATE`.
 
-        extra: further variables for the template (`enable_thinking=False`). Raises TemplateRefusal when the template
-        itself refuses the messages, ModelError when it is broken or asks for too much.
+        extra: further variables for the template (`enable_thinking=False`, `today=`). Raises TemplateRefusal when the
+        template itself refuses the messages, ModelError when it fails or asks for too much.
         """
-        if self._template is None:
-            source = PLAIN_TEMPLATE if self.chat_template is None else self.chat_template
-            self._template = ChatTemplate(source, f"{self.place}: chat template")
         return self._template.render(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
-            bos_token=self.bos_token or "",
-            eos_token=self.eos_token or "",
+            # A model's own template knows whether it writes BOS; the plain one writes what it is given.
+            bos_token=self.bos_token if self.has_template or self.add_bos else None,
+            eos_token=self.eos_token,
             **extra,
         )
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over vocabulary, merges and control tokens: equal exactly when texts give equal ids."""
-        model = json.loads(self.backend.to_str())
-        content = json.dumps([model, self.special], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        """sha256 (hex) over vocabulary, merges and control tokens; the same from a GGUF file and from a folder."""
+        merges = json.loads(self.backend.to_str())["model"].get("merges")
+        content = [sorted(self.backend.get_vocab().items()), merges, sorted(self.special.items())]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def template_fingerprint(self) -> str:
         """sha256 (hex) of the template in use, the plain one where the model has none."""
-        source = PLAIN_TEMPLATE if self.chat_template is None else self.chat_template
-        return hashlib.sha256(source.encode()).hexdigest()
+        return hashlib.sha256(self._template_source.encode()).hexdigest()
+
+
+def end_ids(special: Mapping[str, int], named: Iterable[int]) -> frozenset[int]:
+    """The ids that end a generation: those that the model's files name, and the end-of-turn tokens that it has."""
+    ends = {special[token] for token in END_OF_TURN if token in special} | set(named)
+    if "<|return|>" in special and "<|call|>" in special:
+        ends.discard(special.get("<|end|>", -1))  # gpt-oss: between the parts of one answer
+    return frozenset(ends)
+
+
+def load_tokenizer(folder: str | Path, template: str | None = None) -> TextTokenizer:
+    """The tokenizer of a Hugging Face folder.
+
+    Reads tokenizer.json, and what tells of control tokens and templates: tokenizer_config.json,
+    special_tokens_map.json, generation_config.json, config.json, chat_template.jinja or .json. Nothing in them is run
+    or fetched. template: Jinja source to use instead of the folder's own. Raises ModelError with the file.
+    """
+    folder = Path(folder)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise ModelError(str(file), "is missing", "give a folder with a fast tokenizer")
+    backend = _backend_call(str(file), lambda: Tokenizer.from_str(_read_text(file)))
+    backend.no_truncation()
+    backend.no_padding()
+    config = _read_object(folder / "tokenizer_config.json")
+    named = _read_object(folder / "special_tokens_map.json") | config
+    model = _read_object(folder / "config.json") | _read_object(folder / "generation_config.json")
+    special = {token.content: number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+
+    bos, eos = (_named_token(backend, named, model, kind, folder) for kind in ("bos", "eos"))
+    begins = _backend_call(str(file), lambda: backend.encode("", add_special_tokens=True).ids)
+    add_bos = config.get("add_bos_token")
+    if not isinstance(add_bos, bool):
+        add_bos = bos.id is not None and begins[:1] == [bos.id]
+    backend.post_processor = None  # it adds tokens and shortens offsets; neither is wanted here
+    ends = [number for number in (eos.id, *_ids(model.get("eos_token_id"))) if number is not None]
+    return TextTokenizer(
+        backend=backend,
+        chat_template=_folder_template(folder, config) if template is None else template,
+        bos_token=bos.text,
+        bos_id=bos.id,
+        eos_token=eos.text,
+        eos_id=eos.id,
+        add_bos=add_bos and bos.id is not None,
+        special=special,
+        end_ids=end_ids(special, ends),
+        place=str(folder),
+    )
+
+
+class _Token(NamedTuple):
+    text: str | None
+    id: int | None
+
+
+def _named_token(
+    backend: Tokenizer, named: Mapping[str, Any], model: Mapping[str, Any], kind: str, folder: Path
+) -> _Token:
+    """The BOS or EOS token: by text in the tokenizer's files, else by id in the model's."""
+    value = named.get(f"{kind}_token")
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is None:
+        number = next(iter(_ids(model.get(f"{kind}_token_id"))), None)
+        text = None if number is None else backend.id_to_token(number)
+        return _Token(text, None if text is None else number)
+    number = backend.token_to_id(text) if isinstance(text, str) else None
+    if number is None:
+        place = f"{folder / 'tokenizer_config.json'}: {kind}_token"
+        raise ModelError(place, f"{text!r:.60} is not in the vocabulary", "the folder's files do not belong together")
+    return _Token(text, number)
+
+
+def _ids(value: Any) -> list[int]:
+    """`eos_token_id` is an id, a list of ids, or absent."""
+    return [number for number in (value if isinstance(value, list) else [value]) if type(number) is int and number >= 0]
+
+
+def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template, from the first place that has one; of several by name, the one called default."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return _read_text(file)
+    for source, place in (
+        (_read_object(folder / "chat_template.json"), folder / "chat_template.json"),
+        (config, folder / "tokenizer_config.json"),
+    ):
+        template = source.get("chat_template")
+        if isinstance(template, list):
+            by_name = {entry["name"]: entry.get("template") for entry in template if isinstance(entry, dict)}
+            template = by_name.get("default", next(iter(by_name.values())) if len(by_name) == 1 else by_name)
+        if isinstance(template, str):
+            return template
+        if template is not None:
+            raise ModelError(f"{place}: chat_template", f"is {template!r:.80}", "give one with --template")
+    return None
+
+
+def _read_text(file: Path) -> str:
+    try:
+        size = file.stat().st_size
+        if size > MAX_FILE:
+            raise ModelError(str(file), f"has {size:,} bytes, more than {MAX_FILE:,}")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(str(file), f"does not read: {error}", "download it again") from error
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object; empty when there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ModelError(str(file), f"is not valid JSON: {error}", "download it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(str(file), f"holds {type(value).__name__}, not an object", "download it again")
+    return value
+
+
+def _backend_call(place: str, call: Callable[[], Result]) -> Result:
+    """What the backend answers, or a ModelError.
+
+    The backend raises bare `Exception`, and when its Rust side panics a class of its own that is no Exception at all
+    and has no public name; so everything is caught here but what Python itself stops a program with.
+    """
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError, ModelError):
+        raise
+    except BaseException as error:
+        raise ModelError(place, f"the tokenizer fails: {error!s:.200}", "use another copy of the file") from error

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorafit.adapter.dropout import Places
 from lorafit.data.batch import Pack
 from lorafit.model.head import Head
-from lorafit.train.loss import token_losses
+from lorafit.training.loss import token_losses
 
 
 def pack_losses(model: nn.Module, head: Head, pack: Pack, checkpointing: bool = False) -> Tensor:

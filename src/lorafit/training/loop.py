@@ -18,11 +18,11 @@ from lorafit.data.batch import Tokens, pack_rows
 from lorafit.data.order import order
 from lorafit.errors import Interrupted
 from lorafit.model.head import Head
-from lorafit.train.checkpoint import Checkpoint, Checkpoints, Progress
-from lorafit.train.finite import blame
-from lorafit.train.metrics import Metrics
-from lorafit.train.optim import clip_gradient, load_optimizer_tensors, lr_at, make_optimizer, optimizer_tensors
-from lorafit.train.step import accumulate
+from lorafit.training.checkpoint import Checkpoint, Checkpoints, Progress
+from lorafit.training.finite import blame
+from lorafit.training.metrics import Metrics
+from lorafit.training.optim import clip_gradient, load_optimizer_tensors, lr_at, make_optimizer, optimizer_tensors
+from lorafit.training.step import accumulate
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from lorafit.frozen.dense import DenseWeight
 from lorafit.model.head import Head
-from lorafit.train import loss as loss_module
-from lorafit.train.loss import token_losses
+from lorafit.training import loss as loss_module
+from lorafit.training.loss import token_losses
 
 
 def full_losses(hidden_NH: torch.Tensor, targets_N: torch.Tensor, head: Head) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorafit.train.optim import (
+from lorafit.training.optim import (
     auto_lr,
     clip_gradient,
     load_optimizer_tensors,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorafit.data.batch import Pack
 from lorafit.errors import NonFiniteError
 from lorafit.model.head import Head
-from lorafit.train.step import pack_losses
+from lorafit.training.step import pack_losses
 
 
 def blame(

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorafit.adapter.attach import adapted_layers, attach
 from lorafit.data.batch import pack_rows
-from lorafit.train.step import accumulate, pack_losses
+from lorafit.training.step import accumulate, pack_losses
 
 
 def with_adapter(family: str, folder, dropout: float = 0.0):
