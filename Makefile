@@ -32,10 +32,10 @@ test: $(VENV)/made-test
 	@$(BIN)/python -m pytest
 
 proof-real: $(VENV)/made-test
-	$(BIN)/python -m pytest proofs/test_real.py
+	$(BIN)/python -m pytest -s proofs/test_real.py
 
 proof-kill: $(VENV)/made-test
-	$(BIN)/python -m pytest proofs/test_kill.py
+	$(BIN)/python -m pytest -s proofs/test_kill.py
 
 constraints:
 	rm -rf $(VENV)-pins && $(PYTHON) -m venv $(VENV)-pins

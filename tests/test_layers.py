@@ -24,6 +24,7 @@ LAYERS = [
     {"api", "use", "inspection"},
     {"__init__"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 ALSO = {("formats", "kernels")}  # the table of block types stands with the kernels

@@ -66,8 +66,12 @@ def data_files(paths: Sequence[Path]) -> tuple[list[Path], list[DataError]]:
         if not path.is_dir():
             files.append(path)
             continue
-        found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in SUFFIXES + LATER and p.is_file()]
-        found = [p for p in found if not p.name.startswith(".")]
+        try:
+            inside = sorted(path.iterdir())
+        except OSError as error:
+            faults.append(DataError(str(path), error.strerror or "cannot be read", "check the path"))
+            continue
+        found = [p for p in inside if p.suffix.lower() in SUFFIXES + LATER and not p.name.startswith(".")]
         files += found
         if not found:
             faults.append(DataError(str(path), "the folder holds no data file", f"put {_listed(SUFFIXES)} files there"))
@@ -75,6 +79,8 @@ def data_files(paths: Sequence[Path]) -> tuple[list[Path], list[DataError]]:
 
 
 def _unsupported(path: Path) -> DataError:
+    if not path.exists():
+        return DataError(str(path), "No such file or directory", "check the path")
     kind = path.suffix or "a file without a suffix"
     if path.suffix.lower() in LATER:
         return DataError(str(path), f"{kind} is not supported yet", f"convert it to one of {_listed(SUFFIXES)}")

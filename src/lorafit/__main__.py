@@ -1,0 +1,5 @@
+"""`python -m lorafit`: the command line."""
+
+from lorafit.cli import main
+
+main()
