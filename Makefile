@@ -14,11 +14,11 @@ $(VENV)/made: pyproject.toml constraints.txt
 	  || { echo "error: $(PYTHON) -m venv: does not work here; install your system's python3-venv"; exit 2; }
 	@echo "installing lorafit and what it needs into $(VENV)"
 	$(PIP) install -c constraints.txt pip setuptools
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/made-test: $(VENV)/made
-	$(PIP) install -c constraints.txt -e '.[test]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[test]'
 	@touch $@
 
 demo: $(VENV)/made

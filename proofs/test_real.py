@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.processes import assert_same_run, finish, kill_at_random
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import lorafit
+from builders.processes import assert_same_run, finish, kill_at_random
 from lorafit.adapter.attach import adapted_layers
 from lorafit.formats.gguf import read_gguf
 from lorafit.formats.gguf_tokenizer import from_gguf

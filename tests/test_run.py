@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from builders.models import save_folder, tiny_model
-from builders.processes import assert_same_run, finish, kill_at_random, metrics, start, write_data
 
 import lorafit
+from builders.models import save_folder, tiny_model
+from builders.processes import assert_same_run, finish, kill_at_random, metrics, start, write_data
 from lorafit.errors import ConfigError, Faults, LorafitError, NonFiniteError, ResumeError
 from lorafit.run import resume
 

@@ -18,10 +18,10 @@ from lorafit import console, machine
 from lorafit.adapter.attach import adapted_layers, attach
 from lorafit.adapter.file import load_adapter, save_adapter
 from lorafit.config import Resolved, TrainConfig, field_types, from_values, read_yaml, to_yaml
-from lorafit.data.tokens import TokenRow
 from lorafit.data.records import Record
 from lorafit.data.rows import Rows
 from lorafit.data.split import overlap, split
+from lorafit.data.tokens import TokenRow
 from lorafit.errors import ConfigError, Faults, ResumeError
 from lorafit.evaluate.heldout import held_out
 from lorafit.evaluate.report import finish_report

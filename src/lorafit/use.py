@@ -15,9 +15,9 @@ from lorafit.adapter.attach import detach
 from lorafit.adapter.file import load_adapter
 from lorafit.config import Resolved, TrainConfig
 from lorafit.data.chat import encode_prompt
-from lorafit.data.tokens import TokenRow
 from lorafit.data.records import Record, read_records
 from lorafit.data.rows import Rows, build_rows
+from lorafit.data.tokens import TokenRow
 from lorafit.errors import ConfigError, Faults
 from lorafit.evaluate.heldout import HeldOut, held_out, paired_difference
 from lorafit.inputs import read_rows, read_template

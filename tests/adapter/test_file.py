@@ -10,10 +10,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from builders.models import FAMILIES, frozen, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from builders.models import FAMILIES, frozen, tiny_model
 from lorafit.adapter.attach import adapted_layers, attach
 from lorafit.adapter.file import load_adapter, save_adapter
 from lorafit.errors import AdapterError, LorafitError

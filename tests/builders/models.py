@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import torch
-from builders.tokenizers_tiny import write_tiny_folder
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from builders.tokenizers_tiny import write_tiny_folder
 from lorafit.model.load import Base, load_base
 from lorafit.model.sources import open_source
 

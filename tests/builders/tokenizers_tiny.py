@@ -101,7 +101,7 @@ def write_tiny_folder(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -
     """Writes tokenizer.json and tokenizer_config.json into `folder` (made if need be) and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_backend().save(str(folder / "tokenizer.json"))
-    config: dict[str, Any] = {"bos_token": SPECIAL[BOS], "eos_token": {"content": SPECIAL[EOS]}, "add_bos_token": False}
+    config: dict[str, Any] = {"bos_token": SPECIAL[BOS], "eos_token": SPECIAL[EOS], "add_bos_token": False}
     if chat_template is not None:
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

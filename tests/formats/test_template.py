@@ -1,5 +1,7 @@
 """The laws of lorafit.formats.template: published templates render as in transformers, and no template can do harm."""
 
+# ruff: noqa: E501 -- published templates stand as they are
+
 from __future__ import annotations
 
 import json
@@ -10,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorafit.errors import ModelError
@@ -261,7 +264,7 @@ def outcome(function: Any, *args: Any, **options: Any) -> tuple[str, str]:
         return "text", function(*args, **options)
     except ModelError as error:
         return "refused", error.what
-    except Exception as error:  # what transformers lets through is Jinja's and Python's own
+    except (TemplateError, TypeError, ValueError) as error:  # what transformers lets through
         return "refused", str(error)
 
 
@@ -302,7 +305,8 @@ def test_a_template_refuses_messages_with_its_own_words() -> None:
         "{{ {'b': 1, 'a': 2} | tojson(indent=2, sort_keys=true) }}",
         "{{ [1, 2] | tojson(separators=(',', ':'), ensure_ascii=true) }}",
         "{% generation %}{% set x = 1 %}{{ 'a' }}{% endgeneration %}{{ x is defined }}",
-        "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+        "{% for i in [1, 2, 3] %}{% if i == 2 %}{% continue %}{% endif %}{{ i }}{% endfor %}",
+        "{% for i in range(9) %}{% if i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
         "{% for i in 'abc' %}{{ loop.index ~ loop.length ~ loop.last ~ (loop.previtem or '') }}{% endfor %}",
         "{% for k, v in {'a': 1, 'b': 2}.items() %}{{ k ~ v }}{% else %}none{% endfor %}",
         "{% macro twice(x) %}{{ x * 2 }}{% endmacro %}{{ twice('ab') }}{{ 2 ** 8 }}{{ 7 // 2 + 7 % 4 }}",
@@ -327,7 +331,7 @@ BOMBS = {
     "a long text": "{{ 'a' * 10**9 }}",
     "a long list": "{{ ([1] * 10**9) | length }}",
     "a long range": "{{ range(10**9) | list }}",
-    "a big number": "{{ 9 ** 9 ** 9 ** 9 }}",
+    "a big number": "{{ 10 ** 100000 }}",
     "squaring": "{% set ns = namespace(a=3) %}{% for i in range(99) %}{% set ns.a = ns.a * ns.a %}{% endfor %}",
     "doubling with +": DOUBLING,
     "doubling with ~": DOUBLING.replace("ns.a + ns.a", "ns.a ~ ns.a"),
@@ -414,8 +418,15 @@ def test_no_way_out_of_the_sandbox(source: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["{% if %}", "{{ 'a' | nosuch }}", "{% for %}", "{{ " + "(" * 9000 + " }}", "{{ " + "9" * 5000 + " }}"]
-    + ["{% for a in b %}" * 30 + "{% endfor %}" * 30, "x" * (MAX_SOURCE + 1)],
+    [
+        "{% if %}",
+        "{% for %}",
+        "{{ 'a' | nosuch }}",
+        "{{ " + "(" * 9000 + " }}",
+        "{{ " + "9" * 5000 + " }}",
+        "{% for a in b %}" * 30 + "{% endfor %}" * 30,
+        "x" * (MAX_SOURCE + 1),
+    ],
 )
 def test_a_source_that_does_not_compile_is_one_line(source: str) -> None:
     """Bad syntax, unknown filters, too deep or too long a source are a ModelError when the template is made."""

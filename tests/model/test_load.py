@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.models import FAMILIES, frozen, save_folder, tiny_model
 from safetensors.torch import load_file, save_file
 
 import lorafit
+from builders.models import FAMILIES, frozen, save_folder, tiny_model
 from lorafit.errors import LorafitError, ModelError
 from lorafit.frozen.linear import FrozenLinear
 

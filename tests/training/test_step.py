@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from builders.models import FAMILIES, frozen, tiny_model
-from builders.rows import random_rows
 from torch import nn
 
+from builders.models import FAMILIES, frozen, tiny_model
+from builders.rows import random_rows
 from lorafit.adapter.attach import adapted_layers, attach
 from lorafit.data.batch import pack_rows
 from lorafit.training.step import accumulate, pack_losses

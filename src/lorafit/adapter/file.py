@@ -60,7 +60,7 @@ def save_adapter(model: nn.Module, folder: str | Path, about: Mapping[str, Any] 
         tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.adapter.A.detach()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.adapter.B.detach()
     config = _peft_config(model, layers, str(about.get("base_model", "")))
-    ours = {key: about[key] for key in ("tokenizer", "template", "data") if key in about}
+    ours: dict[str, Any] = {key: about[key] for key in ("tokenizer", "template", "data") if key in about}
     ours["base"] = fingerprint(model)
 
     def write(temporary: Path) -> None:

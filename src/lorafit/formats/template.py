@@ -75,7 +75,15 @@ content that is not text is written as JSON. An answer ends with the end-of-text
 right where an answer begins.
 """
 
-_CONTAINERS: tuple[type[Iterable[Any]], ...] = (list, tuple, dict, set, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[type[Iterable[Any]], ...] = (
+    list,
+    tuple,
+    dict,
+    set,
+    type({}.keys()),
+    type({}.values()),
+    type({}.items()),
+)
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 

@@ -135,7 +135,7 @@ class TextTokenizer:
         )
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over vocabulary, merges and control tokens; the same from a GGUF file and from a folder."""
+        """sha256 (hex) over vocabulary, merges and control tokens."""
         merges = json.loads(self.backend.to_str())["model"].get("merges")
         content = [sorted(self.backend.get_vocab().items()), merges, sorted(self.special.items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -231,7 +231,7 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     ):
         template = source.get("chat_template")
         if isinstance(template, list):
-            by_name = {entry["name"]: entry.get("template") for entry in template if isinstance(entry, dict)}
+            by_name = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = by_name.get("default", next(iter(by_name.values())) if len(by_name) == 1 else by_name)
         if isinstance(template, str):
             return template

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812 -- its name everywhere
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafit.frozen.weight import FrozenWeight
