@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,7 @@ def slow_sentencepiece(text: str) -> list[str]:
     """SentencePiece BPE as it is defined: again and again, join the neighbours whose union has the best score."""
     parts = list(text.replace(" ", "▁"))
     while True:
-        unions = [
-            (PIECES.index(left + right), n)
-            for n, (left, right) in enumerate(zip(parts, parts[1:]))
-            if left + right in PIECES
-        ]
+        unions = [(PIECES.index(a + b), n) for n, (a, b) in enumerate(pairwise(parts)) if a + b in PIECES]
         if not unions:
             return parts
         _, n = min(unions)
