@@ -102,7 +102,7 @@ def test_one_row_overfitted_stops_by_itself(smollm2, tmp_path):
 
 
 def test_killed_on_smollm2_and_resumed_to_the_same_bytes(smollm2, tmp_path):
-    """Three runs of eight steps on the real model, killed at random instants: adapter and metrics equal byte for byte."""
+    """Three runs of eight steps, killed at random instants: adapter and metrics equal byte for byte."""
     options = {
         "model": str(smollm2),
         "data": str(ROOT / "examples" / "wikisql" / "test.jsonl"),

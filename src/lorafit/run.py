@@ -104,6 +104,7 @@ def prepare(resolved: Resolved) -> Job:
     resolved = settle_for_machine(resolved)
     config = resolved.config
     torch.set_num_threads(int(config.threads or 1))
+    machine.keep_freed_memory()
     source = open_source(Path(config.model))
     tokenizer = source.tokenizer(read_template(config.template))
     data, records = read_rows(config.data, tokenizer, config, context_of(source))

@@ -73,7 +73,7 @@ def test_targets_are_roles_names_paths_and_globs(targets: list[str], count: int)
 
 def test_a_target_that_matches_nothing_names_what_exists():
     """A typo is an error that lists the model's layers."""
-    with pytest.raises(ConfigError, match="q_porj matches no linear layer.*lm_head, q_proj, up_proj"):
+    with pytest.raises(ConfigError, match=r"q_porj matches no linear layer.*lm_head, q_proj, up_proj"):
         lorafit.attach(Toy(), targets=["q_porj"])
 
 

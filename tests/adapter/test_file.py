@@ -238,5 +238,3 @@ def test_saving_over_an_older_adapter_replaces_it_whole(tmp_path):
         "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md",
     }  # fmt: skip
     assert {p.name for p in tmp_path.iterdir()} == {"a", "model"}
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ def by_hand(q, k, v, documents, window):
     heads, length, width = q.shape[1:]
     shared = heads // k.shape[1]
     out = torch.zeros(1, length, heads, v.shape[-1])
-    for start, end in zip(documents, documents[1:], strict=False):
+    for start, end in pairwise(documents):
         for h in range(heads):
             for i in range(start, end):
                 first = start if window is None else max(start, i - window + 1)
-                scores = torch.stack([q[0, h, i] @ k[0, h // shared, j] for j in range(first, i + 1)]) / math.sqrt(width)
+                scores = torch.stack([q[0, h, i] @ k[0, h // shared, j] for j in range(first, i + 1)])
+                scores /= math.sqrt(width)
                 weights = torch.softmax(scores, 0)
                 out[0, i, h] = sum(w * v[0, h // shared, first + n] for n, w in enumerate(weights))
     return out

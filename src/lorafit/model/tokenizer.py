@@ -1,4 +1,4 @@
-"""The tokenizer in transformers' clothes, for Python users: `model.tokenizer("text")`, `.decode`, `.apply_chat_template`."""
+"""The tokenizer in transformers' clothes, for Python users: call it, `.decode`, `.apply_chat_template`."""
 
 from __future__ import annotations
 

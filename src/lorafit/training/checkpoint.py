@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from lorafit.errors import ResumeError
-from lorafit.formats.folders import commit, complete
+from lorafit.formats.folders import LEFTOVERS, commit, complete, remove
 from lorafit.formats.safetensors import open_file, write_safetensors
 
 KEPT = 2  # newest checkpoints kept, besides the best
@@ -30,7 +29,7 @@ def single_writer(out: Path) -> Iterator[None]:
 
     The lock is the kernel's (flock): it goes with the process however that ends, so no stale lock can remain.
     """
-    with (out / ".lock").open("w") as file:
+    with (out / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -69,7 +68,10 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Commit it, then drop what is neither among the newest two nor the best."""
+        """Commit it, then drop what is neither among the newest two nor the best, and what a crash left behind.
+
+        Later steps go too: they are the damaged ones that the run had to go back from.
+        """
 
         def write(folder: Path) -> None:
             write_safetensors(folder / "adapter.safetensors", checkpoint.adapter)
@@ -77,17 +79,19 @@ class Checkpoints:
             state = {"progress": asdict(checkpoint.progress), "identity": checkpoint.identity}
             (folder / "state.json").write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
 
-        commit(self.path(checkpoint.progress.step), write)
-        keep = {*self.steps()[-KEPT:], checkpoint.progress.best_step}
-        for step in self.steps():
-            if step not in keep:
-                shutil.rmtree(self.path(step), ignore_errors=True)
+        step = checkpoint.progress.step
+        commit(self.path(step), write)
+        newest = [s for s in self.steps() if s <= step][-KEPT:]
+        keep = {self.path(s).name for s in (*newest, checkpoint.progress.best_step)}
+        for path in self.folder.iterdir():
+            if path.name not in keep and path.name.startswith(("step-", *LEFTOVERS)):
+                remove(path)
 
     def steps(self) -> list[int]:
         """Steps that have a folder under its final name, in order; `newest` checks what is inside."""
         if not self.folder.is_dir():
             return []
-        found = (re.fullmatch(r"step-(\d{8})", path.name) for path in self.folder.iterdir())
+        found = (re.fullmatch(r"step-(\d{8})", path.name) for path in self.folder.iterdir() if not path.is_symlink())
         return sorted(int(match[1]) for match in found if match)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
