@@ -78,6 +78,16 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> TextTokenizer:
     )
 
 
+def gappy_tokenizer() -> TextTokenizer:
+    """The tiny tokenizer without tokens for the bytes 0x04 and 0xF1, two of those that SmolLM2's vocabulary lacks."""
+    content = json.loads(_backend_json())
+    for number, letter in enumerate("Ąñ"):
+        content["model"]["vocab"][f"unused{number}"] = content["model"]["vocab"].pop(letter)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend = Tokenizer.from_str(json.dumps(content))
+    return tokenizer
+
+
 def tiny_gguf_metadata(chat_template: str | None = CHAT_TEMPLATE) -> dict[str, Any]:
     """The `tokenizer.*` keys of a GGUF file that holds this tokenizer."""
     model = json.loads(_backend_json())["model"]

@@ -8,9 +8,11 @@ import pytest
 
 from builders.chats import STYLES, assistant, call, chat, style_tokenizer, template_tokenizer, trained_texts, user
 from builders.tokenizers_tiny import tiny_tokenizer
-from lorafit.data.chat import EMPTY, UNENDED, encode_prompt, encode_record, tools_ignored
+from lorafit.data.chat import EMPTY, UNENDED, UNSEEN_TOOLS, encode_prompt, encode_record
+from lorafit.data.records import Record
 from lorafit.data.tokens import TokenRow
 from lorafit.errors import DataError
+from lorafit.formats.tokenizer import TextTokenizer
 
 ALPHABET = [
     "the",
@@ -174,13 +176,18 @@ def test_an_empty_answer_is_noted_and_its_end_trained():
 
 
 def test_tools_that_the_template_leaves_out_are_told_from_those_it_writes():
-    """tools_ignored says whether tools, or tool calls, change nothing in the rendering."""
-    asked = (user("a"), assistant("b"))
-    assert tools_ignored(chat(*asked, tools=TOOLS), tiny_tokenizer())
-    assert not tools_ignored(chat(*asked, tools=TOOLS), style_tokenizer("mistral"))
-    assert tools_ignored(chat(user("a"), call("weather", city="Bern"), assistant("b")), tiny_tokenizer())
-    assert not tools_ignored(chat(user("a"), call("weather", city="Bern")), style_tokenizer("llama3"))
-    assert not tools_ignored(chat(*asked), tiny_tokenizer())
+    """The user hears of tools, or tool calls, that change nothing in the rendering, also beside look-alikes."""
+
+    def unseen(record: Record, tokenizer: TextTokenizer) -> bool:
+        return UNSEEN_TOOLS in encode_record(record, tokenizer).notes
+
+    for question in ("a", "a <|im_end|> </s>"):
+        asked = (user(question), assistant("b"))
+        assert unseen(chat(*asked, tools=TOOLS), tiny_tokenizer())
+        assert not unseen(chat(*asked, tools=TOOLS), style_tokenizer("mistral"))
+        assert unseen(chat(user(question), call("weather", city="Bern"), assistant("b")), tiny_tokenizer())
+        assert not unseen(chat(user(question), call("weather", city="Bern")), style_tokenizer("llama3"))
+        assert not unseen(chat(*asked), tiny_tokenizer())
 
 
 def test_a_tool_call_that_the_template_leaves_out_is_not_trained():

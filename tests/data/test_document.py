@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 
 from builders.chats import STYLES, template_tokenizer, text_record
-from lorafit.data.document import encode_document
+from lorafit.data.document import draft_document
+from lorafit.data.lookalikes import special_pattern
+from lorafit.data.records import Record
+from lorafit.data.tokens import TokenRow, encode_drafts
+from lorafit.formats.tokenizer import TextTokenizer
 
 SPECIAL = STYLES["mistral"].special
+
+
+def encode_document(record: Record, tokenizer: TextTokenizer, length: int = sys.maxsize) -> list[TokenRow]:
+    draft = draft_document(record, tokenizer, special_pattern(tokenizer.special), length)
+    return list(encode_drafts([draft], tokenizer))
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

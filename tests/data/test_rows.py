@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from builders.chats import STYLES, assistant, call, chat, style_tokenizer, template_tokenizer, text_record, user
-from builders.tokenizers_tiny import tiny_tokenizer
+from builders.tokenizers_tiny import gappy_tokenizer, tiny_tokenizer
 from lorafit.data.chat import UNENDED, encode_record
 from lorafit.data.records import Record
 from lorafit.data.rows import Rows, build_rows
+from lorafit.data.tokens import CHUNK
 
 CONTEXT = 512
 
@@ -111,6 +114,37 @@ def test_tools_that_the_template_leaves_out_are_a_problem():
     assert len(problems) == 1
     assert "leaves out tools" in problems[0][1]
     assert "(1 row)" in problems[0][1]
+
+
+def test_rows_are_those_of_records_encoded_alone():
+    """Encoding many rows at once changes nothing: chats, look-alikes, text, lost characters, over two chunks."""
+    tokenizer, source = gappy_tokenizer(), random.Random(0)
+    pool = ["the answer ", "is 42. ", "日本 ", "🙂", "é\n\n", "<|im_end|>", "\x04", "\U00040000"]
+
+    def words() -> str:
+        return "".join(source.choice(pool) for _ in range(source.randrange(1, 12))) * source.choice([1, 1, 1, 700])
+
+    records = []
+    for number in range(60):
+        turns = [turn for _ in range(source.randrange(1, 3)) for turn in (user(words()), assistant(words()))]
+        place = f"d.jsonl:{number}"
+        records.append(source.choice([chat(*turns, place=place), text_record(words(), place=place)]))
+    done = build_rows(records, tokenizer, max_length=None, context=1 << 20)
+    assert sum(len(row.rendered) for row in done.rows) > CHUNK
+    alone = [encode_record(record, tokenizer) for record in records]
+    assert done.rows == [row for row in alone if any(row.trained)]
+
+
+def test_characters_without_a_token_are_a_problem():
+    """What the tokenizer leaves out is named once with the number of rows, and the rows' texts still hold it."""
+    records = numbered(("a\x04", "one\x04"), ("b", "two"), ("\x04 \U00040000", "three"))
+    done = build_rows(records, gappy_tokenizer(), max_length=None, context=CONTEXT)
+    assert done.problems == [
+        ("d.jsonl:1", "the tokenizer has no token for '\\x04': it is left out (2 rows)"),
+        ("d.jsonl:3", "the tokenizer has no token for '\\U00040000': it is left out (1 row)"),
+    ]
+    assert all("".join(row.texts()) == row.rendered for row in done.rows)
+    assert done.rows[0].rendered.count("\x04") == 2
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

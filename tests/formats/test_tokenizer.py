@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from builders.tokenizers_tiny import (
     PARAGRAPH,
+    gappy_tokenizer,
     tiny_backend,
     tiny_gguf_metadata,
     tiny_tokenizer,
@@ -19,7 +21,7 @@ from builders.tokenizers_tiny import (
 )
 from lorafit.errors import ModelError
 from lorafit.formats.gguf_tokenizer import from_metadata
-from lorafit.formats.tokenizer import end_ids, load_tokenizer
+from lorafit.formats.tokenizer import Encoded, end_ids, load_tokenizer
 
 TEXTS = ["", " a  b\n\n\tc 123 ", "é 日本語 🙂👩‍👧", "<|im_start|>user\nHi<|im_end|>\n", PARAGRAPH]
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.json")
@@ -36,6 +38,10 @@ def change(file: Path, **fields: Any) -> None:
     content = json.loads(file.read_text()) if file.exists() else {}
     content = {name: value for name, value in (content | fields).items() if value is not None}
     file.write_text(json.dumps(content))
+
+
+def same(one: Encoded, other: Encoded) -> bool:
+    return one.ids == other.ids and one.offsets.tolist() == other.offsets.tolist()
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -61,11 +67,60 @@ def test_rendered_ids_are_those_of_transformers(folder: Path) -> None:
 def test_offsets_cover_the_text(text: str, parse_special: bool) -> None:
     """Offsets follow one another and leave no character out, so tokens can be shown and spans can be placed."""
     encoded, reached = tiny_tokenizer().encode(text, parse_special), 0
-    for start, end in encoded.offsets:
+    for start, end in encoded.offsets.tolist():
         assert start in (reached, max(reached - 1, 0))  # the bytes of one character share its offsets
         assert end > start
         reached = max(reached, end)
     assert reached == len(text)
+
+
+@pytest.mark.parametrize("parse_special", [True, False])
+def test_many_texts_are_encoded_as_one_by_one(parse_special: bool) -> None:
+    """encode_many gives each text what the backend gives it alone, in order; of no texts nothing."""
+    tokenizer, texts = tiny_tokenizer(), TEXTS * 30
+    many = tokenizer.encode_many(texts, parse_special)
+    tokenizer.backend.encode_special_tokens = not parse_special
+    alone = [tokenizer.backend.encode(text, add_special_tokens=False) for text in texts]
+    assert [encoded.ids for encoded in many] == [one.ids for one in alone]
+    assert [list(map(tuple, encoded.offsets)) for encoded in many] == [one.offsets for one in alone]
+    assert all(encoded.offsets.dtype == np.int32 for encoded in many)
+    assert tokenizer.encode_many([]) == []
+
+
+def test_characters_that_the_vocabulary_cannot_spell_are_lost() -> None:
+    """A character is lost where its bytes lack tokens, the first byte of a longer one too; asking again is the same."""
+    tokenizer = gappy_tokenizer()
+    text = "é 日本 🙂 a\x04b\x05 \U00040000\U0010fffd\ufffd"
+    for _ in range(2):
+        assert tokenizer.lost(text) == ["\x04", "\U00040000"]
+        assert tokenizer.lost("\x04") == ["\x04"]
+        assert tokenizer.lost("ab") == []
+    assert tokenizer.decode(tokenizer.encode("a\x04b").ids) == "ab"
+    assert tiny_tokenizer().lost(text) == []
+
+
+NORMALIZERS = [normalizers.NFC(), normalizers.Strip(), normalizers.Lowercase(), normalizers.BertNormalizer()]
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_what_is_left_out_by_design_is_not_lost(normalizer: normalizers.Normalizer) -> None:
+    """White space, accents and control characters that normaliser or pre-tokenizer take away are no gap."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend.normalizer = normalizer
+    assert tokenizer.lost(" e\u0301 A\x05\n\ufffd ") == []
+    tokenizer.backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    assert tokenizer.lost("\t e\u0301\u00a0A\x05\n") == []
+
+
+def test_unknown_tokens_are_seen() -> None:
+    """A vocabulary with an unknown token loses nothing without a word."""
+    backend = Tokenizer(models.BPE(vocab={"<unk>": 0, "a": 1}, merges=[], unk_token="<unk>"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend = backend
+    assert tokenizer.encode("aé").ids == [1, 0]
+    assert tokenizer.lost("aé") == []
 
 
 def test_look_alikes_stay_text() -> None:
@@ -81,7 +136,7 @@ def test_look_alikes_stay_text() -> None:
 @pytest.mark.parametrize("text", [TEXTS[0], TEXTS[1], TEXTS[2], TEXTS[4]])
 def test_without_look_alikes_both_ways_are_one(text: str) -> None:
     """parse_special changes nothing where there is nothing to parse."""
-    assert tiny_tokenizer().encode(text, parse_special=False) == tiny_tokenizer().encode(text)
+    assert same(tiny_tokenizer().encode(text, parse_special=False), tiny_tokenizer().encode(text))
 
 
 def test_encode_adds_nothing(folder: Path) -> None:
@@ -96,7 +151,7 @@ def test_encode_adds_nothing(folder: Path) -> None:
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
     backend.save(str(folder / "tokenizer.json"))
-    assert load_tokenizer(folder).encode(PARAGRAPH) == tiny_tokenizer().encode(PARAGRAPH)
+    assert same(load_tokenizer(folder).encode(PARAGRAPH), tiny_tokenizer().encode(PARAGRAPH))
     assert load_tokenizer(folder).add_bos is False  # as tokenizer_config.json says
     change(folder / "tokenizer_config.json", add_bos_token=None)
     assert load_tokenizer(folder).add_bos is True  # as the post-processor does

@@ -1,4 +1,4 @@
-"""Records -> token rows: the chat template writes the row, the assistant's words in it are trained.
+"""Records -> drafts of token rows: the chat template writes the row, the assistant's words in it are trained.
 
 A row has exactly the ids of its rendering; only rows with look-alikes of special tokens are encoded in stretches.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from lorafit.data.document import STAYS_TEXT, encode_document
-from lorafit.data.lookalikes import broken, first_look_alike, special_pattern, stretches
+from lorafit.data.document import draft_document, text_notes
+from lorafit.data.lookalikes import Stretch, broken, first_look_alike, special_pattern, stretches
 from lorafit.data.records import Record
 from lorafit.data.spans import Renderings, Span, Template, UnplacedError, turn_spans
-from lorafit.data.tokens import Pieces, Tokenizer, TokenRow
+from lorafit.data.tokens import Draft, Joined, Piece, Tokenizer, TokenRow, encode_drafts, encode_stretches
 from lorafit.errors import DataError, ModelError
 
 Message = dict[str, Any]
@@ -24,6 +26,7 @@ Trained = Literal["assistant", "all", "last"]
 
 UNENDED = "the chat template has no end-of-turn token: the model cannot learn to stop"
 EMPTY = "an answer is empty"
+UNSEEN_TOOLS = "the chat template leaves out tools or tool calls: the model will not see them"
 
 
 def encode_record(record: Record, tokenizer: Tokenizer, trained: Trained = "assistant") -> TokenRow:
@@ -31,14 +34,7 @@ def encode_record(record: Record, tokenizer: Tokenizer, trained: Trained = "assi
 
     Raises DataError at the record's place where the chat template refuses it or does not write one of its turns.
     """
-    if record.messages is None:
-        return encode_document(record, tokenizer)[0]
-    try:
-        return _encode_chat(record, record.messages, tokenizer, trained)
-    except ModelError as error:
-        raise DataError(record.place, f"the chat template refuses the row: {error.what}", error.remedy) from None
-    except UnplacedError as error:
-        raise DataError(record.place, str(error), "use another template (--template) or --trained all") from None
+    return next(encode_drafts([Writer(tokenizer, trained).draft(record)], tokenizer))
 
 
 def encode_prompt(messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer) -> list[int]:
@@ -46,32 +42,9 @@ def encode_prompt(messages: Sequence[Message], tools: Tools, tokenizer: Tokenize
 
     Raises ModelError where the chat template refuses the messages.
     """
-    chat = _prepared(messages, tools, tokenizer)
+    chat = Writer(tokenizer).prepared(messages, tools)
     text = chat.renderings.first(len(messages), prompt=True)
-    return chat.encoded(text, tokenizer).ids
-
-
-def tools_ignored(record: Record, tokenizer: Tokenizer) -> bool:
-    """Whether the row has tools or tool calls that change nothing in its rendering: the model would not see them.
-
-    Raises ModelError where the template refuses the row.
-    """
-    messages = _accepted(record.messages or (), record.tools, tokenizer)
-    silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
-    without: list[tuple[list[Message], Tools]] = []
-    if record.tools:
-        without.append((messages, None))
-    if silent != messages:
-        without.append((silent, record.tools))
-    full = Renderings(tokenizer, messages, record.tools).full if without else ""
-    return any(_renders_as(full, said, tools, tokenizer) for said, tools in without)
-
-
-def _renders_as(full: str, messages: list[Message], tools: Tools, template: Template) -> bool:
-    try:
-        return Renderings(template, messages, tools).full == full
-    except ModelError:
-        return False  # a template that refuses the row without its tools reads them
+    return Joined(encode_stretches(chat.stretches(text), tokenizer)).ids
 
 
 @dataclass(frozen=True)
@@ -79,16 +52,14 @@ class _Chat:
     """A conversation whose look-alikes of special tokens are broken by `mark`; look_alike: the first, if any."""
 
     renderings: Renderings
+    tools: Tools
     special: re.Pattern[str]
     mark: str
     look_alike: str | None
 
-    def encoded(self, text: str, tokenizer: Tokenizer) -> Pieces:
-        """A rendering's tokens, without the marks."""
-        pieces = Pieces()
-        for stretch, plain in stretches(text, self.mark, self.special) if self.mark else [(text, False)]:
-            pieces.add(stretch, tokenizer.encode(stretch, parse_special=not plain))
-        return pieces
+    def stretches(self, text: str) -> list[Stretch]:
+        """A rendering in stretches, without the marks."""
+        return list(stretches(text, self.mark, self.special)) if self.mark else [Stretch(text, plain=False)]
 
     def unmarked(self, span: Span) -> tuple[int, int]:
         """Where the span stands once the marks are gone."""
@@ -96,32 +67,91 @@ class _Chat:
         return start, end
 
 
-def _prepared(messages: Sequence[Message], tools: Tools, tokenizer: Tokenizer) -> _Chat:
-    special, mark = special_pattern(tokenizer.special), ""
-    look_alike = first_look_alike([messages, tools], special)
-    if look_alike:
-        (messages, tools), mark = broken([messages, tools], special)
-    return _Chat(Renderings(tokenizer, _accepted(messages, tools, tokenizer), tools), special, mark, look_alike)
+class Writer:
+    """Writes records out as drafts; what follows from the tokenizer's special tokens alone is made once, for all rows.
+
+    trained: as in `encode_record`. document_length: tokens per row of a raw document.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, trained: Trained = "assistant", document_length: int = sys.maxsize
+    ) -> None:
+        self._tokenizer, self._trained, self._length = tokenizer, trained, document_length
+        self._special = special_pattern(tokenizer.special)
+        self._ids = frozenset(tokenizer.special.values())
+        self._stops = {token for token, number in tokenizer.special.items() if number in tokenizer.end_ids}
+
+    def draft(self, record: Record) -> Draft:
+        """The record written out. Raises DataError at its place where the chat template refuses it or does not write
+        one of its turns."""
+        if record.messages is None:
+            length = self._length if record.format == "raw" else sys.maxsize
+            return draft_document(record, self._tokenizer, self._special, length)
+        try:
+            return self._draft_chat(record, record.messages)
+        except ModelError as error:
+            raise DataError(record.place, f"the chat template refuses the row: {error.what}", error.remedy) from None
+        except UnplacedError as error:
+            raise DataError(record.place, str(error), "use another template (--template) or --trained all") from None
+
+    def prepared(self, messages: Sequence[Message], tools: Tools) -> _Chat:
+        """The conversation, ready to be rendered. Raises ModelError where the template refuses it."""
+        mark, look_alike = "", first_look_alike([messages, tools], self._special)
+        if look_alike:
+            (messages, tools), mark = broken([messages, tools], self._special)
+        accepted = _accepted(messages, tools, self._tokenizer)
+        return _Chat(Renderings(self._tokenizer, accepted, tools), tools, self._special, mark, look_alike)
+
+    def _draft_chat(self, record: Record, messages: Sequence[Message]) -> Draft:
+        chat = self.prepared(messages, record.tools)
+        text = chat.renderings.full
+        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n >= record.prompt]
+        wanted = {"assistant": turns, "last": turns[-1:], "all": []}[self._trained]
+        spans = turn_spans(chat.renderings, wanted, self._special, self._stops)
+        said = [
+            span
+            for turn, span in zip(wanted, spans, strict=True)
+            if not _unsaid(messages[turn], text[span.start : span.end], self._special)
+        ]
+        written = chat.stretches(text)
+        notes = [*text_notes("".join(stretch.text for stretch in written), chat.look_alike, self._tokenizer)]
+        if any(_is_empty(messages[turn]) for turn in turns):
+            notes.append(EMPTY)
+        if not all(span.ended for span in said):
+            notes.append(UNENDED)
+        if _tools_unseen(chat, self._tokenizer):
+            notes.append(UNSEEN_TOOLS)
+        trained = None if self._trained == "all" else [chat.unmarked(span) for span in said]
+        return Draft(written, partial(_rows, record, trained, self._ids, tuple(notes)))
 
 
-def _encode_chat(record: Record, messages: Sequence[Message], tokenizer: Tokenizer, trained: Trained) -> TokenRow:
-    chat = _prepared(messages, record.tools, tokenizer)
-    text = chat.renderings.full
-    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant" and n >= record.prompt]
-    wanted = {"assistant": turns, "last": turns[-1:], "all": []}[trained]
-    stops = {token for token, number in tokenizer.special.items() if number in tokenizer.end_ids}
-    placed = zip(wanted, turn_spans(chat.renderings, wanted, chat.special, stops), strict=True)
-    spans = [span for turn, span in placed if not _unsaid(messages[turn], text[span.start : span.end], chat.special)]
-    notes = [STAYS_TEXT.format(chat.look_alike)] if chat.look_alike else []
-    if any(_is_empty(messages[turn]) for turn in turns):
-        notes.append(EMPTY)
-    if not all(span.ended for span in spans):
-        notes.append(UNENDED)
-    pieces = chat.encoded(text, tokenizer)
-    if trained == "all":
-        return pieces.row(record, [True] * len(pieces.ids), tuple(notes))
-    flags = pieces.within([chat.unmarked(span) for span in spans], set(tokenizer.special.values()))
-    return pieces.row(record, flags, tuple(notes))
+def _rows(
+    record: Record,
+    spans: Sequence[tuple[int, int]] | None,
+    special: frozenset[int],
+    notes: tuple[str, ...],
+    pieces: list[Piece],
+) -> list[TokenRow]:
+    """The one row of a conversation; spans: characters that are trained, None for all."""
+    joined = Joined(pieces)
+    flags = [True] * len(joined.ids) if spans is None else joined.within(spans, special)
+    return [joined.row(record, flags, notes)]
+
+
+def _tools_unseen(chat: _Chat, template: Template) -> bool:
+    """Whether the row has tools or tool calls that change nothing in its rendering: the model would not see them."""
+    said = chat.renderings.messages
+    without: list[tuple[list[Message], Tools]] = [(said, None)] if chat.tools else []
+    if any("tool_calls" in message for message in said):
+        without.append(([{k: v for k, v in message.items() if k != "tool_calls"} for message in said], chat.tools))
+    return any(_renders_as(chat.renderings.full, messages, tools, template) for messages, tools in without)
+
+
+def _renders_as(full: str, messages: list[Message], tools: Tools, template: Template) -> bool:
+    try:
+        return Renderings(template, messages, tools).full == full
+    except ModelError:
+        return False  # a template that refuses the row without its tools reads them
 
 
 def _accepted(messages: Sequence[Message], tools: Tools, template: Template) -> list[Message]:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Stretch(NamedTuple):
+    """Text to encode; plain: what looks like a special token in it is text."""
+
+    text: str
+    plain: bool
 
 
 def special_pattern(special: Iterable[str]) -> re.Pattern[str]:
     """Matches special tokens, the longest first; a token of one character cannot be broken and is left out."""
-    return _pattern(tuple(special))
-
-
-@lru_cache(maxsize=4)
-def _pattern(special: tuple[str, ...]) -> re.Pattern[str]:
     tokens = sorted((token for token in special if len(token) > 1), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, tokens)) if tokens else r"(?!)")
 
@@ -35,8 +36,8 @@ def broken(value: Any, special: re.Pattern[str]) -> tuple[Any, str]:
     return _each_string(value, lambda text: _broken(text, special, mark)), mark
 
 
-def stretches(text: str, mark: str, special: re.Pattern[str]) -> Iterator[tuple[str, bool]]:
-    """(stretch, whether it is plain) of a rendering with marks, in order and without the marks.
+def stretches(text: str, mark: str, special: re.Pattern[str]) -> Iterator[Stretch]:
+    """A rendering with marks in stretches, in order and without the marks.
 
     Plain are the stretches between special tokens that hold a look-alike; all between two of them is one stretch.
     """
@@ -45,11 +46,11 @@ def stretches(text: str, mark: str, special: re.Pattern[str]) -> Iterator[tuple[
     for start, end in zip([0, *bounds], [*bounds, len(text)], strict=True):
         if mark in text[start:end]:
             if begun < start:
-                yield text[begun:start], False
-            yield text[start:end].replace(mark, ""), True
+                yield Stretch(text[begun:start], plain=False)
+            yield Stretch(text[start:end].replace(mark, ""), plain=True)
             begun = end
     if begun < len(text):
-        yield text[begun:], False
+        yield Stretch(text[begun:], plain=False)
 
 
 def absent(text: str) -> Iterator[str]:

@@ -21,12 +21,6 @@ def order(seed: int, epoch: int, n: int) -> np.ndarray:
     return permutation
 
 
-def batches(seed: int, n: int, batch_size: int, epoch: int) -> list[list[int]]:
-    """Row numbers of each optimizer step of the epoch; the last step may have fewer rows."""
-    visited = order(seed, epoch, n).tolist()
-    return [visited[first : first + batch_size] for first in range(0, n, batch_size)]
-
-
 def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
     """SplitMix64's finaliser, a bijection of 64-bit integers. Source: Steele, Lea and Flood, OOPSLA 2014."""
     with np.errstate(over="ignore"):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lorafit.data.chat import Trained, encode_record, tools_ignored
-from lorafit.data.document import encode_document
+from lorafit.data.chat import Trained, Writer
 from lorafit.data.records import Record, content_hash
-from lorafit.data.tokens import Tokenizer, TokenRow
+from lorafit.data.tokens import Draft, Tokenizer, TokenRow, encode_drafts
 from lorafit.errors import DataError
 
 DOCUMENT_LENGTH = 1024  # tokens per row of a raw document, unless max_length says otherwise
@@ -48,15 +47,8 @@ def build_rows(
     """
     bound = min(max_length or context, context)
     faults: list[DataError] = []
-    whole: list[TokenRow] = []
-    for record in records:
-        if record.format == "raw":
-            whole += encode_document(record, tokenizer, min(max_length or DOCUMENT_LENGTH, context))
-            continue
-        try:
-            whole.append(encode_record(record, tokenizer, trained))
-        except DataError as fault:
-            faults.append(fault)
+    writer = Writer(tokenizer, trained, min(max_length or DOCUMENT_LENGTH, context))
+    whole = list(encode_drafts(_drafts(records, writer, faults), tokenizer))
     rows = [row.shortened(bound) if len(row.ids) > bound else row for row in whole]
     used = [row for row in rows if any(row.trained)]
     duplicates = _duplicates(records)
@@ -69,9 +61,18 @@ def build_rows(
         "tokens": sum(len(row.ids) for row in used),
         "trained_tokens": sum(sum(row.trained) for row in used),
     }
-    problems = [*_notes(whole), *_unseen_tools(whole, tokenizer), *_length_problems(whole, rows), *duplicates]
+    problems = [*_notes(whole), *_length_problems(whole, rows), *duplicates]
     longest = max((len(row.ids) for row in used), default=bound)
     return Rows(used, problems, counts, faults, bound if max_length else longest)
+
+
+def _drafts(records: Sequence[Record], writer: Writer, faults: list[DataError]) -> Iterator[Draft]:
+    """The records written out; those that the chat template refuses go to `faults`."""
+    for record in records:
+        try:
+            yield writer.draft(record)
+        except DataError as fault:
+            faults.append(fault)
 
 
 def _length_problems(whole: Sequence[TokenRow], rows: Sequence[TokenRow]) -> list[Problem]:
@@ -109,12 +110,6 @@ def _notes(rows: Sequence[TokenRow]) -> list[Problem]:
         for note in row.notes:
             first.setdefault(note, row.record.place)
     return [(place, f"{note} ({_rows(times[note])})") for note, place in first.items()]
-
-
-def _unseen_tools(rows: Sequence[TokenRow], tokenizer: Tokenizer) -> list[Problem]:
-    places = [row.record.place for row in rows if tools_ignored(row.record, tokenizer)]
-    what = f"the chat template leaves out tools or tool calls: the model will not see them ({_rows(len(places))})"
-    return [(places[0], what)] if places else []
 
 
 def _rows(count: int) -> str:

@@ -1,26 +1,34 @@
-"""A row of tokens: what the model sees, which of it is trained, and which text each token stands for."""
+"""A row of tokens: what the model sees, which of it is trained, and which text each token stands for.
+
+Records become rows in two steps. First each is written out as a draft: stretches of text, and what is to be made of
+their tokens. Then the stretches of many drafts are encoded at once, which the tokenizer does on all cores.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import accumulate, chain, islice
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from lorafit.data.lookalikes import Stretch
 from lorafit.data.records import Record
 from lorafit.data.spans import Template
 
+CHUNK = 1 << 19  # characters encoded at once: enough work for every core; their tokens take some 20 MB
+
 
 class Encoded(Protocol):
-    """Token ids and, for each, the characters [start, end) that it stands for."""
+    """L token ids and, for each, the characters [start, end) that it stands for, (L, 2) int32."""
 
     @property
     def ids(self) -> list[int]: ...
     @property
-    def offsets(self) -> list[tuple[int, int]]: ...
+    def offsets(self) -> np.ndarray: ...
 
 
 class Tokenizer(Template, Protocol):
@@ -38,7 +46,8 @@ class Tokenizer(Template, Protocol):
     def end_ids(self) -> frozenset[int]: ...
     @property
     def special(self) -> dict[str, int]: ...
-    def encode(self, text: str, parse_special: bool = True) -> Encoded: ...
+    def encode_many(self, texts: Sequence[str], parse_special: bool = True) -> Sequence[Encoded]: ...
+    def lost(self, text: str) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -71,33 +80,68 @@ class TokenRow:
         return hashlib.sha256(self.rendered.encode("utf-8")).hexdigest()
 
 
-class Pieces:
-    """A row in the making: encoded pieces of text, laid end to end."""
+class Piece(NamedTuple):
+    """A stretch's text, its token ids, and for each the characters [start, end) that it stands for, (L, 2) int32."""
 
-    def __init__(self) -> None:
-        self.text = ""
-        self.ids: list[int] = []
-        self.offsets: list[tuple[int, int]] = []
+    text: str
+    ids: list[int]
+    offsets: np.ndarray
 
-    def add(self, text: str, encoded: Encoded) -> None:
-        base = len(self.text)
-        self.text += text
-        self.ids += encoded.ids
-        self.offsets += [(start + base, end + base) for start, end in encoded.offsets] if base else encoded.offsets
 
-    def add_special(self, text: str | None, token: int | None) -> None:
-        """A special token by its id; nothing where the tokenizer has no such token."""
-        if token is not None:
-            self.ids.append(token)
-            self.offsets.append((len(self.text), len(self.text) + len(text or "")))
-            self.text += text or ""
+@dataclass(frozen=True)
+class Draft:
+    """A record written out; finish: makes its rows of the pieces that the stretches become."""
 
-    def within(self, spans: Sequence[Sequence[int]], special: set[int]) -> list[bool]:
+    stretches: list[Stretch]
+    finish: Callable[[list[Piece]], list[TokenRow]]
+
+
+def encode_drafts(drafts: Iterable[Draft], tokenizer: Tokenizer) -> Iterator[TokenRow]:
+    """The rows of the drafts, in order."""
+    for chunk in _chunks(drafts):
+        pieces = iter(encode_stretches([stretch for draft in chunk for stretch in draft.stretches], tokenizer))
+        for draft in chunk:
+            yield from draft.finish(list(islice(pieces, len(draft.stretches))))
+
+
+def encode_stretches(stretches: Sequence[Stretch], tokenizer: Tokenizer) -> list[Piece]:
+    """Each stretch encoded."""
+    encoded: dict[int, Encoded] = {}
+    for plain in (False, True):
+        chosen = [number for number, stretch in enumerate(stretches) if stretch.plain == plain]
+        texts = [stretches[number].text for number in chosen]
+        encoded.update(zip(chosen, tokenizer.encode_many(texts, parse_special=not plain), strict=True))
+    return [Piece(stretch.text, encoded[n].ids, encoded[n].offsets) for n, stretch in enumerate(stretches)]
+
+
+def _chunks(drafts: Iterable[Draft]) -> Iterator[list[Draft]]:
+    chunk: list[Draft] = []
+    characters = 0
+    for draft in drafts:
+        chunk.append(draft)
+        characters += sum(len(stretch.text) for stretch in draft.stretches)
+        if characters >= CHUNK:
+            yield chunk
+            chunk, characters = [], 0
+    yield chunk
+
+
+class Joined:
+    """Pieces laid end to end: `text`, `ids` (a list), and `offsets` into the text, (L, 2) int32."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self.text = "".join(piece.text for piece in pieces)
+        self.ids = list(chain.from_iterable(piece.ids for piece in pieces))
+        begins = accumulate((len(piece.text) for piece in pieces), initial=0)
+        parts = [piece.offsets + begin for piece, begin in zip(pieces, begins, strict=False)]
+        self.offsets = np.concatenate([np.empty((0, 2), np.int32), *parts])
+
+    def within(self, spans: Iterable[Sequence[int]], special: Set[int]) -> list[bool]:
         """Which tokens lie in a span [start, end) of characters; one that begins before its span does not.
 
         A special token (of these ids) may take white space after it along, past the span's end.
         """
-        starts, ends = np.asarray(self.offsets, dtype=np.int64).reshape(-1, 2).T
+        starts, ends = self.offsets.T
         inside = np.zeros(len(self.ids), dtype=bool)
         for start, end in spans:
             began = (starts >= start) & (starts < end)
@@ -108,7 +152,7 @@ class Pieces:
 
     def row(self, record: Record, trained: Sequence[bool], notes: tuple[str, ...]) -> TokenRow:
         """The row; its first token is never trained, since nothing predicts it."""
-        ends = np.maximum.accumulate(np.asarray(self.offsets, dtype=np.int32).reshape(-1, 2)[:, 1])
+        ends = np.maximum.accumulate(self.offsets[:, 1])
         ends[-1:] = len(self.text)  # characters of no token go to the token after them, at the end to the last
-        flags = [flag and place > 0 for place, flag in enumerate(trained)]
-        return TokenRow(record, self.text, array("i", self.ids), flags, array("i", ends.tolist()), notes=notes)
+        flags = [False, *trained[1:]] if trained else []
+        return TokenRow(record, self.text, array("i", self.ids), flags, array("i", ends.tobytes()), notes=notes)

@@ -84,7 +84,7 @@ def refusals(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"cannot be written: {error.strerror or error}"
-        raise ConfigError(str(path), what, "free space there, or give another --out") from None
+        raise ConfigError(str(path), what, "free space there, or write elsewhere") from None
 
 
 def make_folder(folder: Path) -> None:

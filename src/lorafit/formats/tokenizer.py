@@ -14,9 +14,11 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from lorafit.errors import ModelError
@@ -47,10 +49,11 @@ END_OF_TURN = (
 
 
 class Encoded(NamedTuple):
-    """Token ids of a text, and for each the [start, end) characters of that text that it covers."""
+    """The L token ids of a text, and for each the characters [start, end) of that text that it covers."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]
+    offsets: np.ndarray
+    """(L, 2) int32."""
 
 
 @dataclass
@@ -79,6 +82,8 @@ class TextTokenizer:
 
     def __post_init__(self) -> None:
         self._template = ChatTemplate(self._template_source, f"{self.place}: chat template")
+        self._checked: set[str] = set()  # characters that `lost` has looked at
+        self._lost: set[str] = set()
 
     @property
     def has_template(self) -> bool:
@@ -101,12 +106,40 @@ class TextTokenizer:
         without such look-alikes both give the same ids. Of a character that is cut into several tokens each has the
         offsets of the whole. Raises ModelError when the backend breaks down (a broken pattern in a tokenizer.json).
         """
+        return self.encode_many([text], parse_special)[0]
+
+    def encode_many(self, texts: Sequence[str], parse_special: bool = True) -> list[Encoded]:
+        """`encode` of each text, on all cores."""
         self.backend.encode_special_tokens = not parse_special
         try:
-            encoding = _backend_call(self.place, lambda: self.backend.encode(text, add_special_tokens=False))
+            encodings = _backend_call(
+                self.place, lambda: self.backend.encode_batch(list(texts), add_special_tokens=False)
+            )
         finally:
             self.backend.encode_special_tokens = False
-        return Encoded(encoding.ids, encoding.offsets)
+        return [Encoded(encoding.ids, _pairs(encoding.offsets)) for encoding in encodings]
+
+    def lost(self, text: str) -> list[str]:
+        """The characters of `text` that the vocabulary cannot spell, whole or in part, sorted.
+
+        A byte-level vocabulary may lack a byte; the backend leaves it out without a word. What the normaliser or the
+        pre-tokenizer takes away by design is not lost, and what becomes an unknown token is seen.
+        """
+        characters = set(text)
+        unchecked = sorted(characters - self._checked)
+        if unchecked:
+            encoded = self.encode_many(unchecked, parse_special=False)
+            self._lost.update(one for one, (ids, _) in zip(unchecked, encoded, strict=True) if self._loses(one, ids))
+            self._checked.update(unchecked)
+        return sorted(characters & self._lost)
+
+    def _loses(self, character: str, ids: list[int]) -> bool:
+        """Whether `ids`, the character's own, miss bytes of it."""
+        if ids:
+            return character != "\ufffd" and "\ufffd" in self.decode(ids)
+        normalizer, cuts = self.backend.normalizer, self.backend.pre_tokenizer
+        meant = normalizer.normalize_str(character) if normalizer else character
+        return bool(cuts.pre_tokenize_str(meant) if cuts else meant)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. skip_special=True leaves control tokens out."""
@@ -238,6 +271,10 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         if template is not None:
             raise ModelError(f"{place}: chat_template", f"is {template!r:.80}", "give one with --template")
     return None
+
+
+def _pairs(offsets: list[tuple[int, int]]) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(offsets), np.int32, 2 * len(offsets)).reshape(-1, 2)
 
 
 def _read_text(file: Path) -> str:

@@ -1,0 +1,154 @@
+"""A GGUF file's metadata as the fields of a transformers configuration.
+
+What a file leaves out has the value that llama.cpp takes for it; what would make another model than the file means is
+refused. Sources: llama.cpp's loader and its conversion of each family, for defaults; transformers' configurations.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from lorafit.formats.gguf import GgufFile
+from lorafit.formats.names import FAMILIES, ROPE_FACTORS, architecture_of, count, fault, layer_count
+
+UNSUPPORTED = "use another model"
+TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
+MAX_CONTEXT = 1 << 31  # tokens
+GEMMA3_27B_LAYERS = 62  # llama.cpp knows this size by its layers: its queries are scaled by the model's width
+LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0  # the same in every model of the Llama 3 series
+
+
+def hf_config(gguf: GgufFile) -> dict[str, Any]:
+    """The fields of the transformers configuration, `model_type` among them, from the file's metadata.
+
+    Raises ModelError for a key that is missing, of the wrong type, impossible, or not supported.
+    """
+    architecture = architecture_of(gguf)
+    key = f"{architecture}.{{}}".format
+    hidden, heads = count(gguf, key("embedding_length")), count(gguf, key("attention.head_count"))
+    kv_heads = count(gguf, key("attention.head_count_kv"), heads)
+    for name, total, parts in (("head_count", hidden, heads), ("head_count_kv", heads, kv_heads)):
+        if total % parts:
+            raise fault(gguf, key(f"attention.{name}"), f"is {parts}, which does not divide {total}")
+    if "token_embd.weight" not in gguf.tensors:
+        raise fault(gguf, "token_embd.weight", "is missing", "the file holds no whole model")
+    head_dim, vocabulary = _head_dim(gguf, hidden // heads), gguf.tensors["token_embd.weight"].shape[0]
+    config: dict[str, Any] = {
+        "model_type": FAMILIES[architecture].model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": count(gguf, key("feed_forward_length")),
+        "num_hidden_layers": layer_count(gguf, architecture),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": count(gguf, key("context_length"), most=MAX_CONTEXT),
+        "rms_norm_eps": _positive(gguf, key("attention.layer_norm_rms_epsilon")),
+        "rope_parameters": _rope(gguf, architecture, head_dim),
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        **{f"{token}_token_id": _token(gguf, name, vocabulary) for token, name in TOKENS.items()},
+    }
+    if architecture != "qwen2":  # whose attention always has biases
+        config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
+    if architecture == "llama":
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
+    return config | (_gemma3(gguf, config) if architecture == "gemma3" else {})
+
+
+def _gemma3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    period = count(gguf, "gemma3.attention.sliding_window_pattern", 6)
+    local = {"rope_type": "default", "rope_theta": _positive(gguf, "gemma3.rope.freq_base_swa", 10000.0)}
+    softcap = "gemma3.final_logit_softcapping"
+    return {
+        "sliding_window": count(gguf, "gemma3.attention.sliding_window"),
+        "layer_types": ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)],
+        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
+        "query_pre_attn_scalar": config["hidden_size"] // heads if layers == GEMMA3_27B_LAYERS else config["head_dim"],
+        "final_logit_softcapping": _positive(gguf, softcap) if softcap in gguf.metadata else None,
+    }
+
+
+def _positive(gguf: GgufFile, key: str, default: float | None = None) -> float:
+    """A positive number, as the shortest decimal that is the same fp32: 1e-05, not the 9.99999975e-06 in the file."""
+    value = gguf.value(key, float, default)
+    if not 1e-30 < value < 1e30:
+        raise fault(gguf, key, f"is {value}")
+    return float(str(np.float32(value)))
+
+
+def _token(gguf: GgufFile, name: str, vocabulary: int) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    if key not in gguf.metadata:
+        return None
+    value = gguf.value(key, int)
+    if not 0 <= value < vocabulary:
+        raise fault(gguf, key, f"is {value}, and the vocabulary has {vocabulary} tokens")
+    return value
+
+
+def _head_dim(gguf: GgufFile, usual: int) -> int:
+    """Features of a head; queries, keys and values must have the same number, all of them rotated."""
+    architecture = gguf.metadata["general.architecture"]
+    head_dim = count(gguf, f"{architecture}.attention.key_length", usual)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        value = count(gguf, f"{architecture}.{name}", head_dim)
+        if value != head_dim:
+            what = f"is {value} where a key has {head_dim} features, which is not supported yet"
+            raise fault(gguf, f"{architecture}.{name}", what, UNSUPPORTED)
+    if head_dim % 2:
+        raise fault(gguf, f"{architecture}.attention.key_length", f"is {head_dim}, which is odd")
+    return head_dim
+
+
+def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
+    """transformers' `rope_parameters`."""
+    prefix = f"{architecture}.rope."
+    theta = _positive(gguf, f"{prefix}freq_base", 10000.0)
+    kind = gguf.value(f"{prefix}scaling.type", str, "linear")
+    factor = _positive(gguf, f"{prefix}scaling.factor", 1.0)
+    read = {f"{prefix}scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
+    other = sorted(key for key in gguf.metadata if key.startswith(f"{prefix}scal") and key not in read)
+    if other and kind != "none":
+        raise fault(gguf, other[0], "this part of rotary scaling is not supported yet", UNSUPPORTED)
+    if kind == "none" or (kind == "linear" and factor == 1):
+        if architecture == "llama" and ROPE_FACTORS in gguf.tensors:
+            return _llama3_rope(gguf, theta, head_dim)
+        return {"rope_type": "default", "rope_theta": theta}
+    if kind not in ("linear", "yarn") or ROPE_FACTORS in gguf.tensors:
+        what = f"rotary scaling {kind[:40]!r} is not supported yet"
+        raise fault(gguf, f"{prefix}scaling.type", what, UNSUPPORTED)
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": theta, "factor": factor}
+    if kind == "yarn":
+        key = f"{prefix}scaling.original_context_length"
+        rope["original_max_position_embeddings"] = count(gguf, key, most=MAX_CONTEXT)
+    return rope
+
+
+def _llama3_rope(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
+    """Llama 3's scaling, which a file holds as the divisor of each frequency; the largest one is its factor.
+
+    Raises ModelError when the divisors are not those that the factor gives.
+    """
+    tensor = gguf.tensors[ROPE_FACTORS]
+    if tensor.type.name != "F32" or tensor.shape != (head_dim // 2,):
+        what = f"has type {tensor.type.name} and shape {list(tensor.shape)}, not F32 and [{head_dim // 2}]"
+        raise fault(gguf, ROPE_FACTORS, what)
+    stored = tensor.data[0].view("<f4")
+    factor = float(stored.max(initial=1.0))
+    turns = LLAMA3_CONTEXT * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+    smooth = ((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)).clip(0, 1)
+    if not np.allclose(stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):
+        what = "is not the rotary scaling of Llama 3, the only table that is supported yet"
+        raise fault(gguf, ROPE_FACTORS, what, UNSUPPORTED)
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": LLAMA3_LOW,
+        "high_freq_factor": LLAMA3_HIGH,
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
+    }
