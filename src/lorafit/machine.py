@@ -9,6 +9,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
+PROC, SYS = Path("/proc"), Path("/sys")  # where Linux tells; elsewhere they are missing
 PACKAGES = ("lorafit", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
@@ -16,14 +17,11 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 @cache
 def processor() -> tuple[str, frozenset[str]]:
     """(model name, features of FEATURES that it has), from /proc/cpuinfo; the platform's name elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor() or platform.machine(), frozenset()
-    fields = dict(line.split(":", 1) for line in reversed(text.splitlines()) if ":" in line)
+    lines = reversed(_read(PROC / "cpuinfo").splitlines())
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
     named = {key.strip(): value.strip() for key, value in fields.items()}
     flags = set((named.get("flags") or named.get("Features") or "").split())
-    return named.get("model name", platform.machine()), frozenset(flags & set(FEATURES))
+    return named.get("model name") or platform.processor() or platform.machine(), frozenset(flags & set(FEATURES))
 
 
 def fast_bf16() -> bool:
@@ -32,37 +30,27 @@ def fast_bf16() -> bool:
 
 
 def cores() -> int:
-    """Physical cores that this process may run on (hyper-threads share one)."""
+    """Physical cores that this process may run on (hyper-threads share one), or less where a control group or
+    OMP_NUM_THREADS says so."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    found = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        found.add(siblings.read_text() if siblings.exists() else cpu)
-    return len(found)
+    found = len({_read(SYS / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or cpu for cpu in allowed})
+    quota, _, period = _read(SYS / "fs/cgroup/cpu.max").strip().partition(" ")
+    limits = [int(quota) // int(period)] if quota.isdigit() else []
+    asked = os.environ.get("OMP_NUM_THREADS", "")  # what schedulers and people set for every numerical program
+    return max(1, min([found, *limits, *([int(asked)] if asked.isdigit() else [])]))
 
 
 def memory_bytes(field: str = "VmRSS") -> int:
     """A field of /proc/self/status in bytes: VmRSS (now), VmHWM (peak), RssAnon (private). 0 where there is none."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+    return _kilobytes(PROC / "self/status", field) * 1024
 
 
 def available_memory() -> int:
     """Bytes that can be used without swapping: the system's, or less where a control group says so."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 8 << 30
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - memory_bytes())
-    return free
+    everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = _kilobytes(PROC / "meminfo", "MemAvailable") * 1024 or everything
+    limit = _read(SYS / "fs/cgroup/memory.max").strip()
+    return max(0, min(free, int(limit) - memory_bytes())) if limit.isdigit() else free
 
 
 def keep_freed_memory() -> bool:
@@ -90,3 +78,17 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         found[package] = importlib.metadata.version(package)
     return found
+
+
+def _read(path: Path) -> str:
+    """What the kernel tells there; nothing on a system without that file."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _kilobytes(path: Path, field: str) -> int:
+    """The number of a line `field:  123 kB`; 0 where there is none."""
+    lines = (line.split() for line in _read(path).splitlines())
+    return next((int(words[1]) for words in lines if words[:1] == [f"{field}:"]), 0)

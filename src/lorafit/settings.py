@@ -25,7 +25,7 @@ def settle_for_machine(resolved: Resolved) -> Resolved:
     if config.base == "auto":
         resolved = resolved.settle("base", resolved.config.compute, "auto: as compute")
     if config.threads is None:
-        resolved = resolved.settle("threads", machine.cores(), "auto: physical cores")
+        resolved = resolved.settle("threads", machine.cores(), "auto: the cores that this process may use")
     return resolved
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,10 +56,10 @@ def difference(stored: dict[str, Any], own: dict[str, Any]) -> tuple[bool, str]:
     note = ""
     for name, theirs in stored["samples"].items():
         ours = own["samples"][name]
-        gap = _relative(theirs["values"], ours["values"])
+        gap = _gap(theirs["values"], ours["values"])
         formats = f"{theirs['format']} there, {ours['format']} here"
         lossy = {theirs["format"], ours["format"]} - set(EXACT_FORMATS)
-        if gap > (QUANTISED if lossy and theirs["format"] != ours["format"] else SAME):
+        if not gap <= (QUANTISED if lossy and theirs["format"] != ours["format"] else SAME):  # a NaN is no match
             return False, f"it was trained on other weights: {name} differs by {gap:.1%} ({formats})"
         if theirs["format"] != ours["format"]:
             note = f"same weights in another format ({name}: {formats})"
@@ -99,6 +100,8 @@ def _sample(tensor: FrozenWeight | Tensor) -> list[float]:
     return [float(f"{value:.6g}") for value in found]
 
 
-def _relative(a: list[float], b: list[float]) -> float:
-    left, right = torch.tensor(a), torch.tensor(b)
-    return float((left - right).norm() / (left.norm() + 1e-12))
+def _gap(theirs: Any, ours: list[float]) -> float:
+    """Distance between two samples over the length of ours. Raises TypeError when theirs is no such list of numbers."""
+    if not isinstance(theirs, list) or len(theirs) != len(ours) or not all(type(value) is float for value in theirs):
+        raise TypeError("values are not what a sample holds")
+    return math.dist(theirs, ours) / (math.hypot(*ours) + 1e-12)

@@ -10,17 +10,18 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lorafit.errors import ResumeError
-from lorafit.formats.folders import LEFTOVERS, commit, complete, remove
+from lorafit.formats.folders import commit, complete, remove
 from lorafit.formats.safetensors import open_file, write_safetensors
 
 KEPT = 2  # newest checkpoints kept, besides the best
+NAME = re.compile(r"(?P<leftover>\.(tmp|old)-)?step-(?P<step>\d{8})")
 
 
 @contextmanager
@@ -83,16 +84,16 @@ class Checkpoints:
         commit(self.path(step), write)
         newest = [s for s in self.steps() if s <= step][-KEPT:]
         keep = {self.path(s).name for s in (*newest, checkpoint.progress.best_step)}
-        for path in self.folder.iterdir():
-            if path.name not in keep and path.name.startswith(("step-", *LEFTOVERS)):
+        for path in list(self.folder.iterdir()):
+            if NAME.fullmatch(path.name) and path.name not in keep:
                 remove(path)
 
     def steps(self) -> list[int]:
         """Steps that have a folder under its final name, in order; `newest` checks what is inside."""
         if not self.folder.is_dir():
             return []
-        found = (re.fullmatch(r"step-(\d{8})", path.name) for path in self.folder.iterdir() if not path.is_symlink())
-        return sorted(int(match[1]) for match in found if match)
+        found = (NAME.fullmatch(path.name) for path in self.folder.iterdir() if not path.is_symlink())
+        return sorted(int(match["step"]) for match in found if match and not match["leftover"])
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest complete checkpoint, or None, and the names of newer ones that are damaged."""
@@ -104,15 +105,17 @@ class Checkpoints:
         return None, damaged
 
     def read(self, step: int) -> Checkpoint:
-        """The checkpoint of that step. Raises ResumeError when its state does not read."""
+        """The checkpoint of that step. Raises ResumeError when it is missing or damaged, or another version's."""
         folder = self.path(step)
+        if not complete(folder):
+            remedy = f"remove {self.folder} and resume: the run begins again and comes to the same bits"
+            raise ResumeError(str(folder), "is damaged", remedy)
         try:
             state = json.loads((folder / "state.json").read_text())
-            names = {field.name for field in fields(Progress)}
-            progress = Progress(**{key: value for key, value in state["progress"].items() if key in names})
-            identity = state["identity"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ResumeError(f"{folder}/state.json", f"does not read: {error}", "remove that folder") from None
+            progress, identity = Progress(**state["progress"]), state["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"does not read: {error}"
+            raise ResumeError(f"{folder}/state.json", what, "resume with the version that wrote it") from None
         adapter, optimizer = (
             {name: shards.load(name).clone() for name in shards.shapes}
             for shards in (open_file(folder / f"{part}.safetensors", ResumeError) for part in ("adapter", "optimizer"))

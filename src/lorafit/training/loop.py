@@ -16,10 +16,10 @@ from lorafit.adapter.attach import adapted_layers
 from lorafit.config import TrainConfig
 from lorafit.data.batch import Tokens, pack_rows
 from lorafit.data.order import order
-from lorafit.errors import Interrupted
+from lorafit.errors import Interrupted, NonFiniteError
 from lorafit.model.head import Head
 from lorafit.training.checkpoint import Checkpoint, Checkpoints, Progress
-from lorafit.training.finite import blame
+from lorafit.training.finite import blame, sums_finite
 from lorafit.training.metrics import Metrics
 from lorafit.training.optim import clip_gradient, load_optimizer_tensors, lr_at, make_optimizer, optimizer_tensors
 from lorafit.training.step import accumulate
@@ -129,8 +129,9 @@ def _train_step(run: Run, optimizer: torch.optim.Optimizer, named: dict[str, nn.
         run.model, run.head, packs, seed=config.seed, step=step, checkpointing=plan.checkpointing
     )  # fmt: skip
     norm = clip_gradient(named.values(), config.clip_norm)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise blame(run.model, run.head, packs, step, loss, norm)
+    state = optimizer_tensors(optimizer, named)
+    if not (math.isfinite(loss) and math.isfinite(norm) and sums_finite(state.values())):
+        raise blame(run.model, run.head, packs, state, step=step, loss=loss, norm=norm)
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     seconds = time.perf_counter() - started
@@ -155,6 +156,9 @@ def _evaluate(run: Run, evaluate: Callable[[], float], progress: Progress) -> Pr
     run.model.eval()
     loss = evaluate()
     run.model.train()
+    if not math.isfinite(loss):
+        remedy = "look at the held-out rows, or use --compute fp32"
+        raise NonFiniteError("held-out loss", f"is {loss} at step {progress.step}", remedy)
     line: dict[str, object] = {"step": progress.step, "eval_loss": loss}
     run.metrics.add(**line)
     run.report(line)

