@@ -23,8 +23,7 @@ $(VENV)/made-test: $(VENV)/made
 
 demo: $(VENV)/made
 	@model=$$($(BIN)/python scripts/fetch_model.py smollm2) && \
-	$(BIN)/lorafit train "$$model" examples/wikisql/train.jsonl --eval examples/wikisql/test.jsonl \
-	  --out runs/demo --max-steps 40 --batch-size 4 --overwrite && \
+	$(BIN)/lorafit train "$$model" --config examples/wikisql/demo.yaml --out runs/demo --overwrite && \
 	$(BIN)/python scripts/show_demo.py runs/demo
 
 test: $(VENV)/made-test

@@ -6,10 +6,9 @@ from os import fspath
 from typing import Any
 
 from lorafit.config import Resolved, TrainConfig, field_types, from_values
+from lorafit.errors import ConfigError
 from lorafit.run import Result
 from lorafit.run import train as run_train
-
-MANY = ("data", "eval", "targets")
 
 
 def train(*, overwrite: bool = False, **options: Any) -> Result:
@@ -20,14 +19,16 @@ def train(*, overwrite: bool = False, **options: Any) -> Result:
     """
     values = {name: _plain(name, value) for name, value in options.items()}
     given = from_values(values, "lorafit.train")
+    for name in ("model", "data", "out"):
+        if not given.get(name):
+            raise ConfigError("lorafit.train", f"{name} is missing", "give model, data and out")
     origin = {name: "given" for name in field_types() if name in given}
     return run_train(Resolved(TrainConfig(**given), origin), overwrite=overwrite)
 
 
 def _plain(name: str, value: Any) -> Any:
-    if hasattr(value, "__fspath__"):
-        value = fspath(value)
-    if name not in MANY or value is None:
-        return value
-    parts = [value] if isinstance(value, str) else list(value)
-    return [fspath(part) if hasattr(part, "__fspath__") else part for part in parts]
+    """The value as a YAML file would hold it: a path as text, one data file as a list of one."""
+    if isinstance(value, (list, tuple)):
+        return [_plain("", part) for part in value]
+    value = fspath(value) if hasattr(value, "__fspath__") else value
+    return [value] if name in ("data", "eval") and isinstance(value, str) else value

@@ -15,44 +15,63 @@ from lorafit.config import Resolved, TrainConfig
 from lorafit.errors import ConfigError, LorafitError
 
 PATHS = ("model", "data", "out")
+METAVARS = {"eval": "DATA", "targets": "NAMES", "template": "FILE", "init_adapter": "DIR"}
+WORDS = """MODEL is a .gguf file or a Hugging Face folder. DATA is .jsonl, .json, .csv or .txt files, or folders of
+them. --debug with any command shows tracebacks."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: runs a command, turns errors into `error:` lines and exit codes."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    command = " ".join(["lorafit", *(word for word in arguments[:1] if word in cli.commands)])
     try:
         code = cli([a for a in arguments if a != "--debug"], standalone_mode=False, prog_name="lorafit")
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
-    except click.Abort:
+    except click.Abort:  # Ctrl-C outside training
         sys.exit(130)
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        place = context.command_path if context else "lorafit"
-        console.fail([str(ConfigError(place, error.format_message(), f"see {place} --help"))])
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
         sys.exit(2)
-    except LorafitError as error:
-        if debug:
+    except (click.ClickException, OSError, LorafitError) as error:
+        fault = _as_fault(error, command)
+        if "--debug" in arguments:
             traceback.print_exc()
-        console.fail(error.lines())
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+        console.fail(fault.lines())
+        sys.exit(fault.exit_code)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def _as_fault(error: Exception, command: str) -> LorafitError:
+    """Any error that a user can cause, in lorafit's own form."""
+    if isinstance(error, LorafitError):
+        return error
+    if isinstance(error, click.ClickException):
+        return ConfigError(command, error.format_message().rstrip("."), f"see {command} --help")
+    assert isinstance(error, OSError)  # a full disk, a folder that may not be written
+    what = error.strerror or str(error)
+    return ConfigError(str(error.filename or command), what, "check the path and the space on its disk")
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help=f"LoRA fine-tuning of open-weights language models on the hardware people have.\n\n{WORDS}",
+)
 @click.version_option(package_name="lorafit")
 def cli() -> None:
-    """LoRA fine-tuning of open-weights language models on the hardware people have.
+    """The group of all commands."""
 
-    MODEL is a .gguf file or a Hugging Face folder. DATA is .jsonl, .json, .csv or .txt files, or folders of them.
-    --debug with any command shows tracebacks.
-    """
+
+class NumberOrAuto(click.ParamType):
+    """A number, or `auto` for what the option's help says of its default."""
+
+    name = "number or auto"
+
+    def __init__(self, kind: click.ParamType) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else self._kind.convert(value, param, ctx)
 
 
 def config_options(*names: str) -> Any:
@@ -67,35 +86,51 @@ def config_options(*names: str) -> Any:
 
 
 def _option(name: str) -> Any:
-    kind, _ = config.field_types()[name]
+    kind, optional = config.field_types()[name]
     default = TrainConfig.__dataclass_fields__[name].default
     text = config.field_docs()[name]
-    flag = f"--{name.replace('_', '-')}"
-    if default not in (None, (), False) and "efault" not in text:
+    flag, metavar = f"--{name.replace('_', '-')}", METAVARS.get(name)
+    if default is not None and default is not False and "efault" not in text:
         shown = ",".join(default) if isinstance(default, tuple) else f"{default:g}" if kind is float else default
         text += f" [default: {shown}]"
     if kind is bool:
         return click.option(flag, name, is_flag=True, default=None, help=text)
     if get_origin(kind) is Literal:
         return click.option(flag, name, type=click.Choice(get_args(kind)), help=text)
+    if kind in (int, float):
+        number: Any = click.INT if kind is int else click.FLOAT
+        if optional:
+            number, metavar = NumberOrAuto(number), f"[auto|{number.name.upper()}]"
+        return click.option(flag, name, type=number, metavar=metavar, help=text)
     if name == "eval":
-        return click.option(flag, name, multiple=True, metavar="DATA", help=text + " May be given several times.")
-    return click.option(flag, name, type=str if get_origin(kind) is tuple else kind, help=text)
+        return click.option(flag, name, multiple=True, metavar=metavar, help=text + " May be given several times.")
+    return click.option(flag, name, metavar=metavar, help=text)
 
 
-def _resolve(file: str | None, flags: dict[str, Any]) -> Resolved:
-    """Defaults, then the configuration file, then flags: a flag wins over the file."""
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line, checked."""
     given = {name: value for name, value in flags.items() if value not in (None, ())}
+    return config.from_values(given, click.get_current_context().command_path)
+
+
+def _settings(options: dict[str, Any]) -> TrainConfig:
+    """The configuration's fields, taken out of a command's options."""
+    return TrainConfig(**_given({name: options.pop(name) for name in config.field_types() if name in options}))
+
+
+def _resolve(file: str | None, flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """(settings, where each came from) of the configuration file and the flags: a flag wins over the file."""
+    given = _given(flags)
     values: dict[str, Any] = {}
     if file is not None:
         values = config.read_yaml(Path(file))
         values.pop("identity", None)
         values = config.from_values(values, file)
     origin = dict.fromkeys(values, f"from {Path(file).name}" if file else "") | dict.fromkeys(given, "given")
-    return Resolved(TrainConfig(**{**values, **config.from_values(given, "options")}), origin)
+    return {**values, **given}, origin
 
 
-@cli.command()
+@cli.command(epilog=WORDS)
 @click.argument("model", required=False)
 @click.argument("data", nargs=-1)
 @click.option("--out", metavar="OUT", help="Folder for the run's files; refused if it is not empty.")
@@ -106,63 +141,65 @@ def _resolve(file: str | None, flags: dict[str, Any]) -> Resolved:
 def train(file: str | None, overwrite: bool, resume: str | None, **flags: Any) -> None:
     """Train an adapter on DATA for MODEL."""
     started = time.perf_counter()
+    values, origin = _resolve(file, flags)
     if resume is not None:
+        if overwrite:
+            raise ConfigError("--overwrite", "would replace the run that --resume goes on with", "leave one out")
         from lorafit.run import resume as go_on
 
-        changes = config.from_values({k: v for k, v in flags.items() if v not in (None, ())}, "options")
-        go_on(Path(resume), changes, started=started)
+        go_on(Path(resume), values, started=started)
         return
-    resolved = _resolve(file, flags)
     for name in PATHS:
-        if not getattr(resolved.config, name):
+        if not values.get(name):
             raise ConfigError("lorafit train", f"{name.upper()} is missing", "lorafit train MODEL DATA --out OUT")
     from lorafit.run import train as run_train
 
-    run_train(resolved, overwrite=overwrite, started=started)
+    run_train(Resolved(TrainConfig(**values), origin), overwrite=overwrite, started=started)
 
 
-@cli.command()
+@cli.command(epilog=WORDS)
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True)
 @click.option("-n", "count", type=click.IntRange(0), help="Rows to show. [default: 3; all with --json]")
-@config_options("max_length", "trained", "template")
+@config_options("eval", "max_length", "trained", "template")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document with every row on standard output.")
-def preview(model: str, data: tuple[str, ...], count: int | None, as_json: bool, **options: Any) -> int:
+def preview(**options: Any) -> int:
     """Show rows exactly as MODEL will see them, trained tokens in colour, and every problem in DATA."""
     from lorafit.use import preview as look
 
-    return look(model, data, count=count, as_json=as_json, **options)
+    return look(_settings(options), **options)
 
 
-@cli.command(name="eval")
+@cli.command(name="eval", epilog=WORDS)
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True)
 @click.option("--adapter", "adapters", multiple=True, metavar="DIR", help="Adapter to compare with the base; several.")
 @click.option("--forget-on", metavar="FILE", help="Text that was not trained: has the adapter made it worse?")
 @config_options("base", "compute", "threads", "max_length", "trained", "template", "skip_bad_rows")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list on standard output.")
-def evaluate(model: str, data: tuple[str, ...], adapters: tuple[str, ...], **options: Any) -> None:
+def evaluate(**options: Any) -> None:
     """Held-out loss of MODEL and of each adapter on DATA, with a paired interval for the difference."""
     from lorafit.use import evaluate as measure
 
-    measure(model, data, adapters, **options)
+    measure(_settings(options), **options)
 
 
-@cli.command()
+@cli.command(epilog=WORDS)
 @click.argument("model")
 @click.option("--prompt", metavar="TEXT", help="Answer this.")
 @click.option("--data", "file", metavar="FILE", help="Answer every row of a file, as JSON lines.")
-@click.option("--system", metavar="TEXT", help="System message.")
-@click.option("--adapter", metavar="DIR", help="Adapter to use.")
+@click.option("--system", metavar="TEXT", help="System message, for conversations that have none.")
+@click.option("--adapter", metavar="DIR", help="Adapter to use. Default: the base alone.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, help="Tokens per answer at most. [default: 256]")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0 takes the likeliest token. [default: 0]")
-@config_options("base", "compute", "threads", "template", "seed")
+@click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token. [default: 0]")
+@config_options("base", "compute", "threads", "template")
+@click.option("--seed", type=int, help="Seed of the draws at a temperature above 0. [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
-def generate(model: str, **options: Any) -> None:
+def generate(**options: Any) -> None:
     """Answer one prompt, or every row of a file."""
     from lorafit.use import answer
 
-    answer(model, **options)
+    answer(_settings(options), **options)
 
 
 @cli.command()

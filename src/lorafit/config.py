@@ -202,7 +202,7 @@ def from_values(values: dict[str, Any], place: str) -> dict[str, Any]:
 
 def _convert(value: Any, kind: Any, optional: bool) -> Any:
     """`value` as the field's type; ValueError names what is wanted."""
-    if value is None and optional:
+    if optional and (value is None or (value == "auto" and kind in (int, float))):
         return None
     if get_origin(kind) is Literal:
         if value not in get_args(kind):

@@ -7,30 +7,31 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
-_err = Console(stderr=True, highlight=False, soft_wrap=True)
-_out = Console(highlight=False, soft_wrap=True)
+_err = Console(stderr=True, soft_wrap=True)
+_out = Console(soft_wrap=True)
+# Control characters of the user's data as their pictures, since a terminal would obey them.
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
 
 
 def say(message: str) -> None:
     """One line of news on standard error."""
-    _err.print(escape(message))
+    _err.print(Text(message))
 
 
 def warn(message: str) -> None:
     """One line that the user should act on, on standard error."""
-    _err.print(f"[yellow]warning:[/] {escape(message)}")
+    _err.print(Text.assemble(("warning:", "yellow"), " ", message))
 
 
 def fail(lines: Iterable[str]) -> None:
     """`error: ...` lines on standard error."""
     for line in lines:
-        _err.print(f"[red]error:[/] {escape(line)}")
+        _err.print(Text.assemble(("error:", "red"), " ", line))
 
 
 def result(text: str) -> None:
@@ -44,21 +45,22 @@ def result_json(value: Any) -> None:
     result(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
-def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, on_stdout: bool = False) -> None:
-    """A small table; numbers are right-aligned by the caller's choice of text."""
-    shown = Table(title=title or None, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for column in header:
-        shown.add_column(column, overflow="fold")
-    for row in rows:
-        shown.add_row(*(escape(cell) for cell in row))
-    (_out if on_stdout else _err).print(shown)
+def table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A small table on standard output, its columns as wide as their widest cell and never folded."""
+    lines = [tuple(header), *map(tuple, rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    shown = ["  ".join(map(set_cell_size, line, widths)).rstrip() for line in lines]
+    if title:
+        result(title)
+    _out.print(Text(shown[0], style="bold"))
+    result("\n".join(shown[1:]))
 
 
 def coloured(pieces: Iterable[tuple[str, bool]]) -> None:
     """Text on standard output with the trained pieces in green, the rest dim."""
     text = Text()
     for piece, trained in pieces:
-        text.append(piece, style="bold green" if trained else "dim")
+        text.append(piece.translate(_PICTURES), style="bold green" if trained else "dim")
     _out.print(text)
 
 

@@ -45,11 +45,12 @@ def _model(path: Path) -> dict[str, Any]:
 def _adapter(path: Path) -> dict[str, Any]:
     from lorafit.errors import AdapterError
     from lorafit.formats.safetensors import open_file
+    from lorafit.frozen.fingerprint import digest
 
-    config = json.loads((path / "adapter_config.json").read_text())
+    config = _read_object(path / "adapter_config.json")
     shapes = open_file(path / "adapter_model.safetensors", AdapterError).shapes
-    ours = path / "lorafit.json"
-    about = json.loads(ours.read_text()) if ours.is_file() else {}
+    about = _read_object(path / "lorafit.json") if (path / "lorafit.json").is_file() else {}
+    base = about.get("base")
     return {
         "kind": "adapter",
         "base": config.get("base_model_name_or_path"),
@@ -58,9 +59,12 @@ def _adapter(path: Path) -> dict[str, Any]:
         "target_modules": config.get("target_modules"),
         "tensors": len(shapes),
         "parameters": sum(_size(shape) for shape in shapes.values()),
-        "architecture": about.get("base", {}).get("architecture"),
+        "architecture": base.get("architecture") if isinstance(base, dict) else None,
         "data": about.get("data"),
-        "fingerprints": {key: about.get(key) for key in ("tokenizer", "template")},
+        "fingerprints": {
+            "base": digest(base) if isinstance(base, dict) else None,
+            **{key: about.get(key) for key in ("tokenizer", "template")},
+        },
     }
 
 
@@ -70,7 +74,7 @@ def _run(path: Path) -> dict[str, Any]:
 
     report = path / "report.json"
     keys = ("base_loss", "adapter_loss", "steps", "tokens", "training_seconds", "peak_memory_bytes")
-    figures = json.loads(report.read_text()) if report.is_file() else {}
+    figures = _read_object(report) if report.is_file() else {}
     return {
         "kind": "run",
         "finished": report.is_file(),
@@ -83,8 +87,21 @@ def _run(path: Path) -> dict[str, Any]:
 def _checkpoint(path: Path) -> dict[str, Any]:
     from lorafit.formats.folders import complete
 
-    state = json.loads((path / "state.json").read_text())
-    return {"kind": "checkpoint", "complete": complete(path), **state["progress"], "identity": state["identity"]}
+    state = _read_object(path / "state.json")
+    progress = state.get("progress")
+    steps = progress if isinstance(progress, dict) else {}
+    return {"kind": "checkpoint", "complete": complete(path), **steps, "identity": state.get("identity")}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(str(file), f"does not read: {error}", "the file is damaged") from None
+    if not isinstance(found, dict):
+        raise ConfigError(str(file), f"holds {type(found).__name__}, not an object", "the file is damaged")
+    return found
 
 
 def _size(shape: tuple[int, ...]) -> int:

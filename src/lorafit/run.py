@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
@@ -25,7 +26,7 @@ from lorafit.data.tokens import TokenRow
 from lorafit.errors import ConfigError, Faults, ResumeError
 from lorafit.evaluate.heldout import held_out
 from lorafit.evaluate.report import finish_report
-from lorafit.formats.folders import file_hash, write_text_atomically
+from lorafit.formats.folders import file_hash, make_folder, write_text_atomically
 from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.frozen.fingerprint import digest, fingerprint
 from lorafit.inputs import read_rows, read_template
@@ -72,7 +73,7 @@ def train(resolved: Resolved, *, overwrite: bool = False, started: float | None 
     job = prepare(resolved)
     _describe(job)
     _clear(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with single_writer(out):
         write_text_atomically(out / "run.yaml", to_yaml(job.resolved, {"identity": job.identity}))
         return _execute(job, out, started)
@@ -190,9 +191,12 @@ def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float) -
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError("--out", f"{out} is a file", "name a folder")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        what = f"{existing} is no folder" if not existing.is_dir() else f"{existing} may not be written"
+        raise ConfigError("--out", what, "name another folder")
+    begun = (".lock", ".tmp-run.yaml")  # all that a run leaves which was killed before it wrote run.yaml
+    if out.is_dir() and any(path.name not in begun for path in out.iterdir()) and not overwrite:
         raise ConfigError("--out", f"{out} is not empty", "name another folder, or give --overwrite")
 
 

@@ -232,9 +232,18 @@ def test_saving_without_an_adapter_is_refused(tmp_path):
 def test_saving_over_an_older_adapter_replaces_it_whole(tmp_path):
     """No file of the old one stays, no temporary folder either."""
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "old.bin").write_text("x")
+    (tmp_path / "a" / "README.md").write_text("old")
     save_adapter(trained("llama", tmp_path / "model"), tmp_path / "a")
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md",
     }  # fmt: skip
+    assert (tmp_path / "a" / "README.md").read_text() != "old"
     assert {p.name for p in tmp_path.iterdir()} == {"a", "model"}
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    """Saving into a folder that holds something else would lose it: refused, nothing changed."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(AdapterError, match=r"holds model, which|holds thesis.txt, which is no adapter's file"):
+        save_adapter(trained("llama", tmp_path / "model"), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"

@@ -117,6 +117,31 @@ def test_models_that_we_cannot_load_are_refused_by_name(tmp_path, change, words)
         lorafit.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 33},
+        {"hidden_size": "x"},
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": 0},
+        {"max_position_embeddings": "a"},
+        {"max_position_embeddings": 0},
+        {"rope_parameters": {"rope_type": "zz"}},
+        {"rope_parameters": 3},
+        {"hidden_act": "zzz"},
+        {"eos_token_id": "x"},
+    ],
+)
+def test_an_impossible_configuration_is_one_line(tmp_path, change):
+    """Numbers and names that describe no model end in one error, before anything large is built."""
+    save_folder(tiny_model("llama"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(LorafitError) as caught:
+        lorafit.load(tmp_path)
+    assert all("\n" not in line and str(tmp_path) in line for line in caught.value.lines())
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     """Token ids beyond the matrix are found before training, not in step 1."""
     save_folder(tiny_model("llama", vocab_size=300), tmp_path)

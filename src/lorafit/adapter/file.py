@@ -27,6 +27,7 @@ from lorafit.formats.folders import commit
 from lorafit.formats.safetensors import open_file, write_safetensors
 from lorafit.frozen.fingerprint import difference, fingerprint
 
+FILES = ("adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md")
 PREFIX = "base_model.model."
 MAX_RANK = 4096
 # Keys of PEFT's configuration that change the result; each must be absent or one of these values.
@@ -49,9 +50,13 @@ def save_adapter(model: nn.Module, folder: str | Path, about: Mapping[str, Any] 
     """Write the adapter on `model` into `folder`, which PEFT and lorafit.load_adapter read.
 
     about: facts for lorafit.json and the model card (`base_model`, `tokenizer`, `template`, `data`, `figures`).
-    Raises AdapterError when the model has no adapter; ConfigError when the disk refuses.
+    An older adapter there is replaced. Raises AdapterError when the model has no adapter or `folder` holds other files,
+    which would be lost; ConfigError when the disk refuses.
     """
-    about = dict(about or {})
+    folder, about = Path(folder).resolve(), dict(about or {})
+    others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
+    if others:
+        raise AdapterError(str(folder), f"holds {others[0]}, which is no adapter's file", "name another folder")
     layers = dict(adapted_layers(model))
     if not layers:
         raise AdapterError(str(folder), "the model has no adapter", "attach one first")
@@ -69,7 +74,7 @@ def save_adapter(model: nn.Module, folder: str | Path, about: Mapping[str, Any] 
         (temporary / "lorafit.json").write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
         (temporary / "README.md").write_text(_model_card(config, about), encoding="utf-8")
 
-    commit(Path(folder), write, manifest=False)
+    commit(folder, write, manifest=False)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from lorafit import console, machine
 from lorafit.adapter.attach import adapted_layers, enable_adapter
 from lorafit.data.batch import Tokens
 from lorafit.data.rows import Rows
-from lorafit.evaluate.heldout import held_out, paired_difference
+from lorafit.evaluate.heldout import HeldOut, held_out, paired_difference
 from lorafit.formats.folders import write_text_atomically
 from lorafit.model.generate import generate
 from lorafit.model.load import Base
@@ -51,7 +52,7 @@ def finish_report(
         "peak_memory_bytes": machine.memory_bytes("VmHWM"),
         "seconds": round(time.perf_counter() - started, 3),
     }
-    write_text_atomically(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_text_atomically(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_text_atomically(out / "report.html", page(report, lines))
     return report
 
@@ -64,12 +65,14 @@ def _compare(base: Base, evaluation: Sequence[Tokens], budget: int) -> dict[str,
     enable_adapter(base.model, False)
     plain = held_out(base.model, base.head, evaluation, budget)
     enable_adapter(base.model, True)
+    return {"base_loss": plain.loss, "adapter_loss": adapted.loss, "difference": difference(adapted, plain)}
+
+
+def difference(adapted: HeldOut, plain: HeldOut) -> dict[str, float | None]:
+    """Loss of adapter minus base and its 95 % interval, in nats per token; one row has no interval: null."""
     mean, low, high = paired_difference(adapted, plain)
-    return {
-        "base_loss": plain.loss,
-        "adapter_loss": adapted.loss,
-        "difference": {"mean": mean, "low": low, "high": high},
-    }
+    bounded = math.isfinite(low)
+    return {"mean": mean, "low": low if bounded else None, "high": high if bounded else None}
 
 
 def _samples(base: Base, rows: Sequence[Any]) -> list[dict[str, str]]:
@@ -100,12 +103,13 @@ def page(report: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
     """The report as one HTML page without scripts or links to elsewhere."""
     steps = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     evals = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    before = [] if report["base_loss"] is None else [(0, report["base_loss"])]
     return _PAGE.format(
         verdict=html.escape(verdict(report)),
-        curve=_curve(steps, evals),
+        curve=_curve(steps, before + evals),
         figures=_rows(_figures(report)),
-        samples="".join(_sample(sample) for sample in report["samples"]),
-        facts=_rows([(k, json.dumps(report[k])) for k in ("data", "machine", "versions")]),
+        samples="".join(map(_sample, report["samples"])) or "<p>None.</p>",
+        facts=_rows([(part, _listed(report[part])) for part in ("data", "machine", "versions")]),
     )
 
 
@@ -114,27 +118,37 @@ def verdict(report: dict[str, Any]) -> str:
     gap = report["difference"]
     if gap is None:
         return "No rows were held out, so whether the adapter helped is not known."
-    told = f"{report['base_loss']:.4f} to {report['adapter_loss']:.4f} nats per trained token"
+    told = f"held-out loss went from {report['base_loss']:.4f} to {report['adapter_loss']:.4f} nats per trained token"
+    if gap["low"] is None:
+        return f"One row was held out, too few to say whether the adapter helped: {told}."
     interval = f"difference {gap['mean']:+.4f}, 95 % interval {gap['low']:+.4f} to {gap['high']:+.4f}"
     if gap["high"] < 0:
-        return f"The adapter helped: held-out loss went from {told} ({interval})."
+        return f"The adapter helped: {told} ({interval})."
     if gap["low"] > 0:
-        return f"The adapter made it worse: held-out loss went from {told} ({interval})."
-    return f"No difference beyond noise: held-out loss went from {told} ({interval})."
+        return f"The adapter made it worse: {told} ({interval})."
+    return f"No difference beyond noise: {told} ({interval})."
 
 
 def _figures(report: dict[str, Any]) -> list[tuple[str, str]]:
+    losses = [("base", report["base_loss"]), ("adapter", report["adapter_loss"])]
     speed = report["tokens_per_second"]
     return [
+        *((f"held-out loss, {name}", "not measured" if loss is None else f"{loss:.4f}") for name, loss in losses),
         ("steps", f"{report['steps']:,}"),
         ("tokens", f"{report['tokens']:,} ({report['trained_tokens']:,} trained)"),
         ("training time", console.duration(report["training_seconds"])),
         ("whole command", console.duration(report["seconds"])),
-        ("speed", "" if speed is None else f"{speed:,.0f} tokens/s"),
+        ("speed", "not measured" if speed is None else f"{speed:,.0f} tokens/s"),
         ("peak memory", console.gigabytes(report["peak_memory_bytes"])),
+        ("private memory", console.gigabytes(report["private_memory_bytes"])),
         ("trainable parameters", f"{report['trainable_parameters']:,} of {report['total_parameters']:,}"),
         ("adapter file", console.gigabytes(report["adapter_bytes"])),
     ]
+
+
+def _listed(facts: dict[str, Any]) -> str:
+    shown = {name: " ".join(value) if isinstance(value, list) else value for name, value in facts.items()}
+    return "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in shown.items())
 
 
 def _rows(pairs: Sequence[tuple[str, str]]) -> str:
@@ -147,34 +161,55 @@ def _sample(sample: dict[str, str]) -> str:
 
 
 def _curve(steps: Sequence[tuple[int, float]], evals: Sequence[tuple[int, float]]) -> str:
-    """Training loss as a line and held-out loss as dots, as inline SVG with its axes' ends written out."""
+    """Loss by step as inline SVG: training loss as a line, held-out loss (the base's at step 0) as dots."""
     points = [*steps, *evals]
     if not points:
         return ""
-    last, top = max(x for x, _ in points), max(y for _, y in points) or 1.0
+    last = max(x for x, _ in points)
+    xs, ys = _ticks(0, last, min(last, 6)), _ticks(min(y for _, y in points), max(y for _, y in points), 5)
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        return round(60 + 620 * x / last, 1), round(220 - 200 * y / top, 1)
+    def across(x: float) -> float:
+        return round(55 + 625 * x / xs[-1], 1)
 
-    line = " ".join(f"{x},{y}" for x, y in (place(*point) for point in steps))
-    dots = "".join("<circle cx={} cy={} r=4 />".format(*place(*point)) for point in evals)
+    def up(y: float) -> float:
+        return round(250 - 230 * (y - ys[0]) / (ys[-1] - ys[0]), 1)
+
+    def path(line: Sequence[tuple[int, float]]) -> str:
+        return " ".join(f"{across(x)},{up(y)}" for x, y in line)
+
+    grid = "".join(f"<path d='M55 {up(y)}H680'/><text x=48 y={up(y) + 4} class=y>{y:.6g}</text>" for y in ys)
+    marks = "".join(f"<text x={across(x)} y=268 class=x>{x:.6g}</text>" for x in xs)
+    dots = "".join(f"<circle cx={across(x)} cy={up(y)} r=4 />" for x, y in evals)
     return (
-        "<svg viewBox='0 0 700 260' role=img aria-label='loss by step'>"
-        f"<path d='M60 20V220H680' class=axis /><text x=8 y=28>{top:.2f}</text><text x=24 y=224>0</text>"
-        f"<text x=60 y=245>0</text><text x=600 y=245>step {last}</text>"
-        f"<polyline points='{line}' />{dots}<text x=330 y=16>line: training loss, dots: held-out loss</text></svg>"
+        f"<svg viewBox='0 0 700 300' role=img aria-label='loss by step'>{grid}{marks}"
+        f"<text x=368 y=290 class=x>step</text><text x=55 y=10>loss, nats per trained token</text>"
+        f"<polyline points='{path(steps)}' /><polyline points='{path(evals)}' class=held />{dots}</svg>"
+        "<p class=key><i></i> training &nbsp; <i class=held></i> held out (step 0: the base)</p>"
     )
+
+
+def _ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers 1, 2 or 5 x 10^n apart that enclose low and high; `about` as many."""
+    rough = (high - low) / about or 1.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    apart = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    first, last = math.floor(low / apart), math.ceil(high / apart)
+    return [apart * number for number in range(first, max(last, first + 1) + 1)]
 
 
 _PAGE = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">
 <title>lorafit report</title><style>
 body{{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}}
 h1{{font-size:1.5rem}}h2{{font-size:1.1rem;margin-top:2rem}}table{{border-collapse:collapse;width:100%}}
-th{{text-align:left;vertical-align:top;padding:.25rem 1rem .25rem 0;font-weight:600;white-space:nowrap}}
+th{{text-align:left;vertical-align:top;padding:.25rem 1rem .25rem 0;font-weight:600;white-space:nowrap;width:9rem}}
 td{{padding:.25rem 0;white-space:pre-wrap;overflow-wrap:anywhere}}tr{{border-bottom:1px solid #ddd}}
-.sample{{margin:1rem 0;border-left:3px solid #2a7f62;padding-left:1rem;display:block}}
-svg{{width:100%}}polyline{{fill:none;stroke:#888;stroke-width:1.5}}circle{{fill:#2a7f62}}
-.axis{{fill:none;stroke:#444}}text{{font:12px system-ui,sans-serif;fill:#444}}
+.sample{{margin:1.5rem 0;border-left:3px solid #2a7f62}}.sample th{{padding-left:1rem}}
+svg{{width:100%;margin-top:1rem}}svg path{{stroke:#ddd}}polyline{{fill:none;stroke:#999;stroke-width:1.5}}
+polyline.held{{stroke:#2a7f62;stroke-dasharray:3 3}}circle{{fill:#2a7f62}}
+text{{font:12px system-ui,sans-serif;fill:#555}}.x{{text-anchor:middle}}.y{{text-anchor:end}}
+.key{{margin:0 0 0 3.5rem;font-size:.85rem;color:#555}}
+.key i{{display:inline-block;width:1.2rem;border-top:2px solid #999;vertical-align:middle}}
+.key i.held{{width:8px;height:8px;border:0;border-radius:4px;background:#2a7f62}}
 </style><h1>lorafit report</h1><p>{verdict}</p>{curve}
 <h2>Figures</h2><table>{figures}</table><h2>Held-out samples</h2>{samples}
 <h2>Data, machine, versions</h2><table>{facts}</table></html>

@@ -7,9 +7,12 @@ be exactly the set that the model has: missing, unexpected and mis-shaped ones a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -37,7 +40,7 @@ class Base:
 
 def context_of(source: WeightSource) -> int:
     """Tokens that the model was made for."""
-    return int(AutoConfig.for_model(**source.config).max_position_embeddings)
+    return int(_configuration(source).max_position_embeddings)
 
 
 def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute: str) -> Base:
@@ -56,9 +59,9 @@ def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute
 
 def build(source: WeightSource, base: torch.dtype, compute: torch.dtype) -> PreTrainedModel:
     """The frozen model of a source, streaming: one tensor above the result at most."""
-    config = AutoConfig.for_model(**source.config)
+    config = _configuration(source)
     config.use_cache = False  # with a cache, packed documents would not be kept apart
-    with torch.device("meta"):
+    with _faults_of_configuration(source), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register(), dtype=compute)
     if config.tie_word_embeddings:
         source.shapes.pop("lm_head.weight", None)  # some exports repeat the tied matrix
@@ -83,6 +86,21 @@ def build(source: WeightSource, base: torch.dtype, compute: torch.dtype) -> PreT
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"tensors without values: {left}"
     return model.eval()
+
+
+def _configuration(source: WeightSource) -> PretrainedConfig:
+    with _faults_of_configuration(source):
+        return AutoConfig.for_model(**source.config)
+
+
+@contextmanager
+def _faults_of_configuration(source: WeightSource) -> Iterator[None]:
+    """A configuration that transformers cannot build is the file's fault, said in one line."""
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        what = f"describes no {source.config['model_type']} model: {type(error).__name__}: {error}"
+        raise ModelError(f"{source.place}: configuration", what[:400], "download the model again") from error
 
 
 def check_tensors(model: PreTrainedModel, source: WeightSource) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import ModelError
-from lorafit.formats import names
+from lorafit.formats import gguf_config, names
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_tokenizer import from_gguf
 from lorafit.formats.safetensors import Shards, open_folder
@@ -69,6 +69,7 @@ class FolderSource(WeightSource):
         self.config = read_config(path)
         self._shards: Shards = open_folder(path)
         self.shapes = dict(self._shards.shapes)
+        _check_sizes(self.config, len(self.shapes), path / "config.json")
 
     def load(self, name: str) -> Tensor:
         return self._shards.load(name)
@@ -92,7 +93,7 @@ class GgufSource(WeightSource):
     def __init__(self, path: Path) -> None:
         self.place = str(path)
         self._gguf: GgufFile = read_gguf(path)
-        self.config = names.hf_config(self._gguf)
+        self.config = gguf_config.hf_config(self._gguf)
         self._entries = names.entries(self._gguf)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
 
@@ -110,6 +111,15 @@ class GgufSource(WeightSource):
         for tensor in self._gguf.tensors.values():
             sizes[tensor.type.name] += tensor.nbytes
         return dict(sizes)
+
+
+def _check_sizes(config: dict[str, Any], tensors: int, file: Path) -> None:
+    """Work and memory follow from these numbers, so they are checked before anything is built from them."""
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for key in (*needed, *(["max_position_embeddings"] if "max_position_embeddings" in config else [])):
+        value, most = config.get(key), tensors if key == "num_hidden_layers" else 1 << 24
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise ModelError(f"{file}: {key}", f"is {value!r}, not 1 to {most}", "the folder is damaged")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,205 @@
+"""report.json has the specification's figures; report.html shows them on one page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+import lorafit
+from builders.commands import QUICK, World, write_rows
+from builders.rows import Row
+from lorafit.evaluate.report import _ticks, page, prompt_and_answer, verdict
+from lorafit.training.metrics import read_metrics
+
+SCRIPT = "<script>alert('x')</script> & <b>"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    """Its evaluation rows hold markup."""
+    world = World(tmp_path_factory.mktemp("report"))
+    rows = [{"prompt": f"{SCRIPT} {n}", "completion": f"{SCRIPT} is {n}."} for n in range(5)]
+    write_rows(world.folder / "markup.jsonl", rows)
+    world.test = world.folder / "markup.jsonl"
+    return world
+
+
+def test_the_report_has_the_specifications_figures_with_their_types(world):
+    """Every key, each of its type; counts fit each other, and the metrics add up to them."""
+    report = json.loads((world.out / "report.json").read_text())
+    kinds = {
+        "base_loss": float,
+        "adapter_loss": float,
+        "tokens": int,
+        "trained_tokens": int,
+        "steps": int,
+        "seconds": float,
+        "training_seconds": float,
+        "tokens_per_second": float,
+        "peak_memory_bytes": int,
+        "private_memory_bytes": int,
+        "predicted": dict,
+        "trainable_parameters": int,
+        "total_parameters": int,
+        "adapter_bytes": int,
+        "data": dict,
+        "machine": dict,
+        "versions": dict,
+        "samples": list,
+    }
+    assert {key: type(report[key]) for key in kinds} == kinds
+    assert {"rows", "used", "skipped", "duplicates", "truncated"} <= set(report["data"])
+    assert set(report["predicted"]) == {"memory_bytes", "seconds"}
+    lines = [line for line in read_metrics(world.out / "metrics.jsonl") if "loss" in line]
+    assert (report["steps"], report["tokens"]) == (6, sum(line["tokens"] for line in lines))
+    assert report["tokens_per_second"] == pytest.approx(report["tokens"] / report["training_seconds"], rel=0.1)
+    assert report["training_seconds"] <= report["seconds"]
+    assert report["private_memory_bytes"] <= report["peak_memory_bytes"]
+    assert report["adapter_bytes"] == (world.out / "adapter/adapter_model.safetensors").stat().st_size
+    assert report["total_parameters"] == 48_288 + report["trainable_parameters"]
+
+
+def test_samples_stand_beside_the_right_answers(world):
+    """Prompt, expected answer, and what base and adapter say."""
+    samples = world.result.report["samples"]
+    assert 1 <= len(samples) <= 4
+    for number, sample in enumerate(samples):
+        assert list(sample) == ["prompt", "expected", "base", "adapter"]
+        assert f"{SCRIPT} {number}" in sample["prompt"]
+        assert sample["expected"] == f"{SCRIPT} is {number}."
+
+
+class Page(HTMLParser):
+    """Tags that are open and all tags seen; raises where one closes that is not the innermost open one."""
+
+    VOID = ("meta", "path", "circle", "polyline")  # with or without a slash at their end
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.seen.add(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else(world):
+    """Balanced tags, no script, no link, no image, no address, no import."""
+    text = (world.out / "report.html").read_text()
+    found = Page(text)
+    assert found.open == []
+    assert found.seen.isdisjoint({"script", "link", "img", "iframe", "a", "object", "base"})
+    for word in ("http", "src=", "url(", "@import", "//"):
+        assert word not in text
+
+
+def test_markup_in_the_data_is_text_on_the_page(world):
+    """A data row that holds a script is shown, not run."""
+    text = (world.out / "report.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &lt;b&gt; is 0." in text
+
+
+def test_the_page_shows_every_figure(world):
+    """Losses, steps, tokens, times, speed, memory, parameters, sizes, the machine and every version."""
+    text, report = (world.out / "report.html").read_text(), world.result.report
+    wanted = [f"{report['base_loss']:.4f}", f"{report['adapter_loss']:.4f}", f"{report['tokens']:,}"]
+    wanted += [f"{report['trained_tokens']:,} trained", f"{report['tokens_per_second']:,.0f} tokens/s"]
+    wanted += [f"{report['trainable_parameters']:,} of {report['total_parameters']:,}"]
+    wanted += [f"{report[key] / 1e9:.2f} GB" for key in ("peak_memory_bytes", "private_memory_bytes")]
+    wanted += [f"{key}: {value}" for key, value in report["versions"].items()]
+    wanted += [f"{key.replace('_', ' ')}: {value}" for key, value in report["data"].items()]
+    assert [figure for figure in wanted if figure not in text] == []
+
+
+def test_the_curve_has_a_point_per_step_and_evaluation(world):
+    """Training loss as a line over all steps; held-out loss as dots, the base's first, all inside the axes."""
+    text = (world.out / "report.html").read_text()
+    line, dashes = re.findall(r"<polyline points='(.*?)'", text)
+    assert len(line.split()) == 6
+    dots = re.findall(r"<circle cx=([\d.]+) cy=([\d.]+)", text)
+    assert [f"{x},{y}" for x, y in dots] == dashes.split()
+    assert len(dots) == 3  # step 0, 3 and 6
+    for x, y in (point.split(",") for point in [*line.split(), *dashes.split()]):
+        assert 55 <= float(x) <= 680
+        assert 20 <= float(y) <= 250
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    losses = [m["loss"] for m in read_metrics(world.out / "metrics.jsonl") if "loss" in m]
+    assert (heights[0] < heights[-1]) == (losses[0] > losses[-1])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 60), (1.2345, 1.2346), (2.0, 2.0), (4.2, 7.98), (0, 1_000_000)])
+def test_ticks_are_round_and_enclose_the_data(low, high):
+    """Steps of 1, 2 or 5 x 10^n, a handful of them."""
+    ticks = _ticks(low, high, 5)
+    assert ticks[0] <= low <= high <= ticks[-1] + 1e-12
+    assert 2 <= len(ticks) <= 8
+    apart = ticks[1] - ticks[0]
+    assert f"{apart:.0e}"[0] in "125"
+    assert [f"{b - a:.6g}" for a, b in pairwise(ticks)] == [f"{apart:.6g}"] * (len(ticks) - 1)
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        (None, "No rows were held out"),
+        ({"mean": -1.0, "low": -1.5, "high": -0.5}, "The adapter helped: held-out loss went from 3.0000 to 2.0000"),
+        ({"mean": 1.0, "low": 0.5, "high": 1.5}, "The adapter made it worse"),
+        ({"mean": -1.0, "low": -2.5, "high": 0.5}, "No difference beyond noise"),
+        ({"mean": -1.0, "low": None, "high": None}, "One row was held out, too few to say"),
+    ],
+)
+def test_the_verdict_follows_from_the_interval(difference, words):
+    """Helped or harmed only where the interval leaves out zero."""
+    assert verdict({"difference": difference, "base_loss": 3.0, "adapter_loss": 2.0}).startswith(words)
+
+
+def test_without_held_out_rows_the_losses_are_null(world, tmp_path):
+    """eval_fraction 0: null in report.json, said on the page, nothing measured and no samples."""
+    result = lorafit.train(model=world.model, data=world.data, eval_fraction=0.0, out=tmp_path / "out", **QUICK)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [report[key] for key in ("base_loss", "adapter_loss", "difference", "samples")] == [None, None, None, []]
+    assert report == result.report
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "No rows were held out" in text
+    assert "not measured" in text
+    assert "<circle" not in text
+
+
+def test_one_held_out_row_gives_json_without_infinity(world, tmp_path):
+    """Its interval is unknown: null, and the page says that one row is too few."""
+    one = write_rows(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}])
+    lorafit.train(model=world.model, data=world.data, eval=one, out=tmp_path / "out", **QUICK)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=refuse)
+    assert report["difference"]["low"] is None
+    assert "too few" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_page_without_steps_still_stands(world):
+    """A run whose metrics were lost has figures and no curve."""
+    report = {**world.result.report, "base_loss": None, "difference": None, "tokens_per_second": None, "samples": []}
+    assert Page(page(report, [])).open == []
+
+
+def test_prompt_and_answer_are_cut_at_the_first_trained_span():
+    """What stands before the first trained token is the prompt; the answer ends where training does."""
+    row = Row([1, 2, 3, 4, 5, 6], [False, False, True, True, False, True])
+    assert prompt_and_answer(row) == ([1, 2], [3, 4])
+    assert prompt_and_answer(Row([1, 2], [False, True])) == ([1], [2])
