@@ -221,6 +221,16 @@ def test_folders_that_are_no_adapter_are_refused(tmp_path):
         load_adapter(model, tmp_path / "p")
 
 
+def test_a_second_adapter_is_refused(tmp_path):
+    """One adapter at a time: loading on top of another is an error, and the first stays as it was."""
+    model = trained("llama", tmp_path / "model")
+    save_adapter(model, tmp_path / "a")
+    before = model(input_ids=IDS).logits
+    with pytest.raises(AdapterError, match="has an adapter"):
+        load_adapter(model, tmp_path / "a")
+    assert torch.equal(model(input_ids=IDS).logits, before)
+
+
 def test_saving_without_an_adapter_is_refused(tmp_path):
     """There is nothing to save, and nothing is written."""
     model = frozen(tiny_model("llama"), tmp_path / "model").model

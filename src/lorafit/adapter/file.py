@@ -85,6 +85,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     the model is as it was.
     """
     folder = Path(folder)
+    if any(adapted_layers(model)):
+        raise AdapterError(str(folder), "cannot be put on a model that has an adapter", "load it on the plain model")
     config = _read_config(folder)
     notes = _check_base(model, folder)
     pairs = _read_pairs(folder, model, config)
