@@ -52,13 +52,15 @@ def finish(options: dict[str, Any]) -> None:
     assert child.exitcode == 0, f"training ended with {child.exitcode}"
 
 
-def kill_at_random(options: dict[str, Any], chance: random.Random, longest: float) -> int:
-    """Start, kill -9 after a random part of `longest` seconds, go on, until one ends by itself; return the kills."""
+def kill_at_random(options: dict[str, Any], chance: random.Random, longest: float, most: int = 20) -> int:
+    """Start, kill -9 after a random part of `longest` seconds, go on, until one ends by itself; return the kills.
+
+    After `most` kills nothing disturbs the run any more.
+    """
     kills = 0
     while True:
         child = start(options)
-        wait = chance.uniform(0, longest)
-        child.join(wait)
+        child.join(chance.uniform(0, longest) if kills < most else None)
         if child.exitcode is not None:
             assert child.exitcode == 0, f"a resumed run ended with {child.exitcode}"
             return kills
