@@ -100,7 +100,7 @@ def test_no_pickle_exec_or_eval_in_the_package():
 
 def test_no_broad_except():
     """`except Exception` and bare `except` stand nowhere but where Rust's panics must be caught."""
-    allowed = {"formats/tokenizer.py", "formats/gguf_tokenizer.py", "formats/template.py"}
+    allowed = {"formats/tokenizer.py"}
     for file in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ExceptHandler):

@@ -7,7 +7,6 @@ LorafitError            exit code 2   the root; never raised itself
 ├── AdapterError        (ValueError)  an adapter's folder: configuration, tensors, the wrong base
 ├── ResumeError         (ValueError)  a run that cannot go on as it was
 ├── NonFiniteError      (ArithmeticError)  NaN or infinity in training, with the tensor's name
-├── MissingError        (RuntimeError)  something this machine lacks
 ├── MemoryLimitError    exit code 3 (MemoryError)  does not fit the memory given
 ├── Interrupted         exit code 130 or 143  stopped by a signal, after a checkpoint
 └── Faults              several faults of the same kind at once
@@ -64,10 +63,6 @@ class ResumeError(LorafitError, ValueError):
 
 class NonFiniteError(LorafitError, ArithmeticError):
     """A NaN or an infinity appeared; `place` names the tensor."""
-
-
-class MissingError(LorafitError, RuntimeError):
-    """The machine lacks something that the command needs."""
 
 
 class MemoryLimitError(LorafitError, MemoryError):

@@ -34,8 +34,6 @@ class Base:
     model: PreTrainedModel
     head: Head
     tokenizer: TextTokenizer
-    formats: dict[str, int]
-    """Bytes in the file by tensor format, for `info` and the report."""
 
 
 def context_of(source: WeightSource) -> int:
@@ -54,7 +52,7 @@ def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute
     if tokenizer.vocab_size > rows:
         what = f"has {tokenizer.vocab_size} tokens and the embedding {rows} rows"
         raise ModelError(f"{source.place}: tokenizer", what, "use the tokenizer that belongs to the model")
-    return Base(model, head_of(model), tokenizer, source.bytes_by_format())
+    return Base(model, head_of(model), tokenizer)
 
 
 def build(source: WeightSource, base: torch.dtype, compute: torch.dtype) -> PreTrainedModel:
