@@ -29,8 +29,8 @@ def write_tiny_gguf(
 ) -> Path:
     """Write the model as a GGUF file of this architecture and return its path.
 
-    tokenizer_metadata: the `tokenizer.*` keys. tensor_type: F32, F16, BF16, Q4_0, Q4_1, Q5_0 or Q8_0, for matrices
-    whose rows divide into its blocks; the others become F16, and vectors stay F32.
+    tokenizer_metadata: the `tokenizer.*` keys. tensor_type: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0, for
+    matrices whose rows divide into its blocks; the others become F16, and vectors stay F32.
     """
     writer = GGUFWriter(path, arch)
     writer.add_type("model")

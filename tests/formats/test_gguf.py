@@ -94,7 +94,7 @@ MALFORMED = {
     "row not divisible": (one_tensor(tensor_info("t", [40, 2], 2, 0)), "t: has rows of 40, which Q4_0 blocks of 32"),
     "unknown tensor type": (one_tensor(tensor_info("t", [32], 99, 0)), "t: has the unknown type 99"),
     "removed tensor type": (one_tensor(tensor_info("t", [32], 4, 0)), "t: has the unknown type 4"),
-    "Q2_K": (one_tensor(tensor_info("t", [256], 10, 0)), "t: has type Q2_K, which is not supported yet"),
+    "IQ2_XXS": (one_tensor(tensor_info("t", [256], 16, 0)), "t: has type IQ2_XXS, which is not supported yet"),
     "duplicate tensor": (one_tensor(*[tensor_info("t", [8], F32, 0)] * 2), "t: is there twice"),
     "tensor name of 65 bytes": (one_tensor(tensor_info(NAME_64 + "n", [32], F32, 0)), "tensor 1 has 65 bytes"),
     "tensor name not UTF-8": (one_tensor(tensor_info(b"\xc3", [32], F32, 0)), "the name of tensor 1 is not UTF-8"),
@@ -200,7 +200,7 @@ def test_values_of_every_type_come_back(tmp_path: Path) -> None:
         assert file.metadata[f"three.{kind}"] == [value, type(value)(0), value]
 
 
-@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_files_by_gguf_py_come_back(name: str, tmp_path: Path) -> None:
     """What gguf-py writes is read with the same keys, shapes, types and bytes."""
     kind = GGMLQuantizationType[name]

@@ -11,8 +11,7 @@ from lorafit.kernels import BLOCK_TYPES
 from lorafit.kernels import unpack as module
 from lorafit.kernels.unpack import unpack
 
-# Where the half floats of a block are, in bytes; elsewhere every byte is valid.
-HALVES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q8_0": [0], "Q4_K": [0, 2], "Q6_K": [208]}
+PACKED = [block.name for block in BLOCK_TYPES.values() if block.halves]  # the others are floats
 # Zeros of both signs, the smallest and largest subnormal, the smallest normal, one, the largest.
 SCALES = np.array([0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x3C00, 0x7BFF, 0xFBFF], "<u2")
 
@@ -28,12 +27,12 @@ def random_rows(name: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
     block = BLOCK_TYPES[name]
     data = generator.integers(0, 256, (rows * blocks, block.bytes), dtype=np.uint8)
-    for at in HALVES.get(name, []):
+    for at in block.halves:
         halves = generator.standard_normal(len(data)).astype("<f2").view("<u2")
         odd = generator.random(len(data)) < 0.3
         halves[odd] = generator.choice(SCALES, int(odd.sum()))
         data[:, at : at + 2] = halves.view(np.uint8).reshape(-1, 2)
-    if name not in HALVES:
+    if name not in PACKED:
         floats = generator.standard_normal(len(data)).astype(np.float32).view("<u4")
         floats = {"F32": floats, "F16": floats.view("<f4").astype("<f2"), "BF16": (floats >> 16).astype("<u2")}[name]
         data = floats.view(np.uint8)
@@ -56,16 +55,27 @@ def test_bits_equal_gguf_py(name: str, rows: int, blocks: int) -> None:
     np.testing.assert_array_equal(bits(ours), bits(reference(data, name)))
 
 
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("name", PACKED)
+def test_a_block_is_finite_if_its_scales_are(name: str) -> None:
+    """Whatever the other bytes, values are finite while `halves` are; a NaN in one of them is in every value."""
+    data = random_rows(name, 64, 2)
+    assert unpack(torch.from_numpy(data), name).isfinite().all()
+    for at in BLOCK_TYPES[name].halves:
+        broken = data.copy().reshape(-1, BLOCK_TYPES[name].bytes)
+        broken[:, at : at + 2] = np.array([0x7E00], "<u2").view(np.uint8)
+        assert unpack(torch.from_numpy(broken), name).isnan().all()
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_zero_blocks_are_zero(name: str) -> None:
-    """A block of zero bytes has a scale of zero, so that its values are zeros with gguf-py's signs."""
+    """A block of zero bytes is one of zeros, with gguf-py's signs."""
     data = np.zeros((3, 2 * BLOCK_TYPES[name].bytes), np.uint8)
     ours = unpack(torch.from_numpy(data), name)
     assert not ours.any()
     np.testing.assert_array_equal(bits(ours), bits(reference(data, name)))
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_quantised_weights_come_back(name: str) -> None:
     """What gguf-py quantises unpacks to its own values, which are near the weights."""
     weight = np.random.default_rng(1).standard_normal((5, 96)).astype(np.float32)

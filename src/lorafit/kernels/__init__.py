@@ -17,6 +17,8 @@ class BlockType:
     code: int
     elements: int
     bytes: int
+    halves: tuple[int, ...] = ()
+    """Where in a block its half-float scales begin, in bytes; every other byte may hold anything."""
 
 
 BLOCK_TYPES = {
@@ -25,11 +27,17 @@ BLOCK_TYPES = {
         BlockType("F32", 0, 1, 4),
         BlockType("F16", 1, 1, 2),
         BlockType("BF16", 30, 1, 2),
-        BlockType("Q4_0", 2, 32, 18),
-        BlockType("Q4_1", 3, 32, 20),
-        BlockType("Q5_0", 6, 32, 22),
-        BlockType("Q8_0", 8, 32, 34),
-        BlockType("Q4_K", 12, 256, 144),
-        BlockType("Q6_K", 14, 256, 210),
+        BlockType("Q4_0", 2, 32, 18, halves=(0,)),
+        BlockType("Q4_1", 3, 32, 20, halves=(0, 2)),
+        BlockType("Q5_0", 6, 32, 22, halves=(0,)),
+        BlockType("Q5_1", 7, 32, 24, halves=(0, 2)),
+        BlockType("Q8_0", 8, 32, 34, halves=(0,)),
+        BlockType("Q2_K", 10, 256, 84, halves=(80, 82)),
+        BlockType("Q3_K", 11, 256, 110, halves=(108,)),
+        BlockType("Q4_K", 12, 256, 144, halves=(0, 2)),
+        BlockType("Q5_K", 13, 256, 176, halves=(0, 2)),
+        BlockType("Q6_K", 14, 256, 210, halves=(208,)),
+        BlockType("IQ4_NL", 20, 32, 18, halves=(0,)),
+        BlockType("IQ4_XS", 23, 256, 136, halves=(0,)),
     )
 }
