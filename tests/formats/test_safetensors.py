@@ -24,6 +24,10 @@ TENSORS = {
     "scalar": torch.tensor(7.0),
     "nothing": torch.zeros(0, 4),
 }
+INTEGERS = {
+    "bytes": torch.tensor([[0], [128], [255]], dtype=torch.uint8),
+    "signed": torch.tensor([-128, 0, 127], dtype=torch.int8),
+}
 
 
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -56,6 +60,10 @@ MALFORMED = {
     "entry without shape": (raw({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, EIGHT), "a: does not have dtype"),
     "entry with more": (raw({"a": entry(stride=1)}, EIGHT), "a: does not have dtype, shape and data_offsets"),
     "integers": (raw({"a": entry(dtype="I64", shape=[1])}, EIGHT), "a: has dtype 'I64', which is not read"),
+    "bytes": (
+        raw({"a": entry(dtype="U8", shape=[8])}, EIGHT),
+        "a: has dtype 'U8', which is not read; use weights in F",
+    ),
     "dtype of a list": (raw({"a": entry(dtype=["F32"])}, EIGHT), "a: has dtype"),
     "negative shape": (raw({"a": entry(shape=[-2])}, EIGHT), "a: shape is no list of at most 8 counts"),
     "shape of floats": (raw({"a": entry(shape=[2.0])}, EIGHT), "a: shape is no list"),
@@ -219,6 +227,24 @@ def test_a_folder_with_one_file(tmp_path: Path) -> None:
     """Without an index, the folder's weights are model.safetensors."""
     write_safetensors(tmp_path / "model.safetensors", TENSORS)
     assert open_folder(tmp_path).shapes.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_models_folder_may_hold_bytes(index: bool, tmp_path: Path) -> None:
+    """U8 and I8, of which quantised weights are made, are read bit for bit from a model's folder; no wider integer."""
+    shard = "model-00001-of-00001.safetensors" if index else "model.safetensors"
+    tensors = {**TENSORS, **INTEGERS}
+    write_safetensors(tmp_path / shard, tensors)
+    if index:
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard)}))
+    shards = open_folder(tmp_path)
+    assert [shards.dtypes[name] for name in INTEGERS] == ["U8", "I8"]
+    for name, tensor in tensors.items():
+        assert shards.load(name).dtype == tensor.dtype
+        assert torch.equal(shards.load(name), tensor)
+    safetensors.torch.save_file({**tensors, "wide": torch.zeros(2, dtype=torch.int16)}, tmp_path / shard)
+    with pytest.raises(ModelError, match="wide: has dtype 'I16', which is not read"):
+        open_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

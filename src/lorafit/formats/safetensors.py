@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from lorafit.formats import place
 
 MAX_HEADER = 32 << 20  # bytes; a quarter of a million tensors fit
 MAX_DIMENSIONS, MAX_COUNT = 8, 1 << 63
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+FLOATS = ("F32", "F16", "BF16")
+BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}  # of integers, quantised weights are made
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -51,14 +52,15 @@ class Shards:
             raise self._error(place(path, name), f"cannot be read: {error}", "download it again") from None
 
 
-def open_file(path: Path, error: type[LorafitError] = ModelError) -> Shards:
-    """One file. Raises `error`, naming file and tensor, for anything that is not a valid safetensors file."""
-    return Shards({path: read_header(path, error)}, error)
+def open_file(path: Path, error: type[LorafitError] = ModelError, dtypes: Collection[str] = FLOATS) -> Shards:
+    """One file. Raises `error`, naming file and tensor, for anything that is not a valid file of these dtypes."""
+    return Shards({path: read_header(path, error, dtypes)}, error)
 
 
 def open_folder(folder: Path, error: type[LorafitError] = ModelError) -> Shards:
     """A Hugging Face folder's weights: model.safetensors, or the shards that its index names, exactly.
 
+    Besides floats there may be U8 and I8, of which quantised weights are made; what they mean is the caller's to check.
     Raises `error`, or Faults where files and index disagree in several places.
     """
     index = folder / INDEX
@@ -67,7 +69,7 @@ def open_folder(folder: Path, error: type[LorafitError] = ModelError) -> Shards:
             pickled = any(path.suffix in (".bin", ".pt", ".pth") for path in folder.iterdir())
             what = "holds pickled weights only, which are not read" if pickled else f"holds no {SINGLE}"
             raise error(str(folder), what, "give a folder with safetensors weights")
-        return open_file(folder / SINGLE, error)
+        return open_file(folder / SINGLE, error, BYTES)
     shard_of = _read_index(index, error)
     named = set(shard_of.values())
     on_disk = {path.name for path in folder.glob("model*.safetensors")}
@@ -75,7 +77,7 @@ def open_folder(folder: Path, error: type[LorafitError] = ModelError) -> Shards:
     faults += [error(str(folder / name), f"is not named by {INDEX}", "remove it") for name in sorted(on_disk - named)]
     if faults:
         raise Faults(faults)
-    files = {folder / name: read_header(folder / name, error) for name in sorted(named)}
+    files = {folder / name: read_header(folder / name, error, BYTES) for name in sorted(named)}
     for path, header in files.items():
         claimed = {name for name, shard in shard_of.items() if shard == path.name}
         for name in sorted(claimed ^ header.keys()):
@@ -86,8 +88,8 @@ def open_folder(folder: Path, error: type[LorafitError] = ModelError) -> Shards:
     return Shards(files, error)
 
 
-def read_header(path: Path, error: type[LorafitError]) -> dict[str, dict[str, Any]]:
-    """dtype, shape and data_offsets by tensor name, checked. Raises `error`."""
+def read_header(path: Path, error: type[LorafitError], dtypes: Collection[str] = FLOATS) -> dict[str, dict[str, Any]]:
+    """dtype, shape and data_offsets by tensor name, checked; dtypes: those allowed, of BYTES. Raises `error`."""
     remedy = "the file is damaged; download it again"
     try:
         with path.open("rb") as file:
@@ -103,7 +105,7 @@ def read_header(path: Path, error: type[LorafitError]) -> dict[str, dict[str, An
     about = header.pop("__metadata__", {})
     if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
         raise error(f"{path}: __metadata__", "is not a table of strings", remedy)
-    spans = sorted((*_span(place(path, name), entry, error), name) for name, entry in header.items())
+    spans = sorted((*_span(place(path, name), entry, error, dtypes), name) for name, entry in header.items())
     end = 0
     for start, stop, name in spans:
         if start != end:
@@ -145,14 +147,14 @@ def _parse(text: bytes, file: str, error: type[LorafitError]) -> dict[str, Any]:
     return value
 
 
-def _span(where: str, entry: Any, error: type[LorafitError]) -> tuple[int, int]:
+def _span(where: str, entry: Any, error: type[LorafitError], dtypes: Collection[str]) -> tuple[int, int]:
     """Where a tensor's data begins and ends, which must be what its shape and dtype take."""
     remedy = "the file is damaged; download it again"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise error(where, "does not have dtype, shape and data_offsets", remedy)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BYTES:
-        raise error(where, f"has dtype {str(dtype)[:40]!a}, which is not read", f"use weights in {', '.join(BYTES)}")
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise error(where, f"has dtype {str(dtype)[:40]!a}, which is not read", f"use weights in {', '.join(dtypes)}")
     for name, values in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(values, list) or len(values) > MAX_DIMENSIONS or not all(map(_is_count, values)):
             raise error(where, f"{name} is no list of at most {MAX_DIMENSIONS} counts", remedy)
