@@ -5,15 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test proof-real proof-kill constraints clean
+.PHONY: demo test proof proof-native proof-real proof-kill proof-quality proof-triton constraints clean
 
-$(VENV)/made: pyproject.toml constraints.txt
+$(VENV)/made: pyproject.toml constraints.txt $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	  || { echo "error: $(PYTHON): Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 2; }
 	@$(PYTHON) -m venv $(VENV) 2>/dev/null \
 	  || { echo "error: $(PYTHON) -m venv: does not work here; install your system's python3-venv"; exit 2; }
+	@$${CXX:-c++} --version >/dev/null 2>&1 \
+	  || { echo "error: $${CXX:-c++}: a C++ compiler is needed; install g++ or clang, or set CXX=/path/to/one"; exit 2; }
 	@echo "installing lorafit and what it needs into $(VENV)"
-	$(PIP) install -c constraints.txt pip setuptools
+	$(PIP) install -c constraints.txt pip scikit-build-core cmake ninja
 	$(PIP) install -c constraints.txt --no-build-isolation -e .
 	@touch $@
 
@@ -30,15 +32,27 @@ test: $(VENV)/made-test
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/python -m pytest
 
+proof: proof-native proof-kill proof-real
+
+proof-native: $(VENV)/made-test
+	$(BIN)/python -m pytest -s proofs/test_native.py
+
 proof-real: $(VENV)/made-test
 	$(BIN)/python -m pytest -s proofs/test_real.py
 
 proof-kill: $(VENV)/made-test
 	$(BIN)/python -m pytest -s proofs/test_kill.py
 
+proof-quality: $(VENV)/made-test
+	$(BIN)/python -m pytest -s proofs/test_quality.py
+
+proof-triton: $(VENV)/made-test
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[cuda]'
+	$(BIN)/python -m pytest proofs/test_triton.py
+
 constraints:
 	rm -rf $(VENV)-pins && $(PYTHON) -m venv $(VENV)-pins
-	$(VENV)-pins/bin/python -m pip install --quiet torch==2.13.0
+	$(VENV)-pins/bin/python -m pip install --quiet torch==2.13.0 scikit-build-core cmake ninja
 	$(VENV)-pins/bin/python -m pip install --quiet -e '.[test]'
 	$(VENV)-pins/bin/python -m pip list --format=freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
 	rm -rf $(VENV)-pins

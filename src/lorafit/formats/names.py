@@ -10,8 +10,7 @@ llama.cpp's conversion of each family.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +19,8 @@ from torch import Tensor
 from lorafit.errors import Faults, ModelError
 from lorafit.formats import place
 from lorafit.formats.gguf import GgufFile
+from lorafit.kernels import ops
+from lorafit.kernels.ops import Stored
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {
@@ -82,11 +83,22 @@ class Entry:
             return None
         return np.arange(self.shape[0]).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
-    def load(self, gguf: GgufFile, unpack: Callable[[Tensor, str], Tensor]) -> Tensor:
-        """The parameter, fp32, in its shape; `unpack` is kernels.unpack.unpack or a faster twin."""
+    def stored(self, gguf: GgufFile) -> Stored:
+        """The parameter's rows as they lie in the mapped file, in the file's order."""
         tensor = gguf.tensors[self.tensor]
-        values = unpack(torch.from_dlpack(tensor.data), tensor.type.name).reshape(self.shape)
+        return Stored(tensor.type.name, self.shape[-1], torch.from_dlpack(tensor.data))
+
+    def matrix(self, gguf: GgufFile) -> Stored | None:
+        """A matrix as it lies in the mapped file, the order of its rows beside it; None for a vector, or where values
+        are not what the file holds."""
+        if len(self.shape) < 2 or self.plus:
+            return None
         order = self.row_order()
+        return replace(self.stored(gguf), order=None if order is None else torch.from_numpy(order))
+
+    def load(self, gguf: GgufFile) -> Tensor:
+        """The parameter, fp32, in its shape."""
+        values, order = ops.values(self.stored(gguf)).view(self.shape), self.row_order()
         if order is not None:
             values = values[torch.from_numpy(order)]
         return values - self.plus if self.plus else values

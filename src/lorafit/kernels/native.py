@@ -1,0 +1,128 @@
+"""The native CPU library (native/ in the sources): found, loaded after torch, and asked by ctypes.
+
+It is absent where it was installed without a C++ compiler; then plain torch twins do the same work slowly, to the same
+bits. LORAFIT_NATIVE=0 asks for the twins, LORAFIT_NATIVE=avx2 (or another name of `paths`) for one processor path.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+from functools import cache
+from pathlib import Path
+
+import torch  # first: its OpenMP threads are then the library's too, instead of a second team on the same cores
+
+from lorafit.errors import ConfigError
+
+FILE = "liblorafit_native.so"
+VARIABLE = "LORAFIT_NATIVE"
+
+
+class Weight(ctypes.Structure):
+    """`lorafit_weight` of native/lorafit.h."""
+
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("scales_are_codes", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+        ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("nested", ctypes.c_void_p),
+        ("dynamic", ctypes.c_void_p),
+        ("offset", ctypes.c_float),
+        ("first_row", ctypes.c_int64),
+    )
+
+
+_POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_WEIGHT = ctypes.POINTER(Weight)
+_FUNCTIONS = {
+    "lorafit_unpack": (_INT, (_WEIGHT, _POINTER, _COUNT, _COUNT, _POINTER, _INT, _INT)),
+    "lorafit_matvec": (_INT, (_WEIGHT, _POINTER, _COUNT, _POINTER, _COUNT, _POINTER, _INT, _INT)),
+    "lorafit_first_bad_row": (_COUNT, (_WEIGHT, _INT)),
+    "lorafit_quantise_nf4": (_INT, (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _INT)),
+    "lorafit_quantise_int8": (_INT, (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _INT)),
+    "lorafit_paths": (ctypes.c_char_p, ()),
+    "lorafit_path": (ctypes.c_char_p, ()),
+    "lorafit_use": (_INT, (ctypes.c_char_p,)),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library with its processor path chosen; None where the plain twins do the work.
+
+    Raises ConfigError when LORAFIT_NATIVE names a path that this machine does not have.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    file = _file()
+    if wanted == "0" or file is None:
+        return None
+    found = ctypes.CDLL(str(file))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    if wanted not in ("", "1") and found.lorafit_use(wanted.encode()):
+        names = found.lorafit_paths().decode()
+        raise ConfigError(VARIABLE, f"names no kernels of this machine: {wanted!r}", f"give 0 or one of {names}")
+    return found
+
+
+def paths() -> list[str]:
+    """Names of the processor paths that the library holds and this processor runs, best first; [] without it."""
+    found = library()
+    return found.lorafit_paths().decode().split(",") if found else []
+
+
+def use(path: str) -> None:
+    """Take this processor path, a name of `paths`, from now on."""
+    found = library()
+    assert found is not None, "there is no native library"
+    assert found.lorafit_use(path.encode()) == 0, f"no path {path}"
+
+
+def describe() -> tuple[str, str]:
+    """(kernels in use, why): a processor path's name, or `plain torch`."""
+    found = library()
+    if found is not None:
+        why = f"the best of {', '.join(paths())} that this processor has" if not os.environ.get(VARIABLE) else ""
+        return found.lorafit_path().decode(), why or f"{VARIABLE}={os.environ[VARIABLE]}"
+    if os.environ.get(VARIABLE) == "0":
+        return "plain torch", f"{VARIABLE}=0"
+    return "plain torch", "lorafit was installed without a C++ compiler: install one, then install lorafit again"
+
+
+def shares_threads() -> bool:
+    """Whether the library's OpenMP is the one that torch runs on, so that the two never compete for the cores."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        loaded = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line}
+    return len(loaded) <= 1 or _first_symbol_is_torchs()
+
+
+def _first_symbol_is_torchs() -> bool:
+    """Which of several OpenMP libraries a global lookup, and with it our library, comes to."""
+
+    class Info(ctypes.Structure):
+        _fields_ = (("file", ctypes.c_char_p), ("base", _POINTER), ("name", ctypes.c_char_p), ("at", _POINTER))
+
+    everything = ctypes.CDLL(None)
+    info = Info()
+    address = ctypes.cast(everything.GOMP_parallel, _POINTER)
+    everything.dladdr(address, ctypes.byref(info))
+    return Path(os.fsdecode(info.file)).resolve().is_relative_to(Path(torch.__file__).resolve().parent.parent)
+
+
+def _file() -> Path | None:
+    """Beside this module, or, in an editable install, where the wheel's files are."""
+    beside = Path(__file__).with_name(FILE)
+    if beside.is_file():
+        return beside
+    try:
+        installed = Path(str(importlib.metadata.distribution("lorafit").locate_file(f"lorafit/kernels/{FILE}")))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return installed if installed.is_file() else None
