@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 from builders.rows import Row
-from lorafit import machine
+from lorafit import machine, settings
 from lorafit.config import Resolved, TrainConfig, from_values, read_yaml, to_yaml
 from lorafit.settings import activation_bytes, settle_for_data, settle_for_machine
 from lorafit.training.loop import Plan
@@ -34,7 +34,7 @@ def test_nothing_is_left_to_choose():
     resolved, plan = settled()
     config = resolved.config
     chosen = ("compute", "base", "threads", "batch_size", "max_length", "lr", "save_every", "eval_every")
-    for name in (*chosen, "checkpointing"):
+    for name in (*chosen, "checkpointing", "micro_batch_tokens"):
         assert getattr(config, name) not in (None, "auto"), name
         assert resolved.origin[name].startswith("auto: "), name
     assert config.epochs == 1.0
@@ -56,6 +56,7 @@ def test_what_is_given_is_kept():
         "save_every": 7,
         "eval_every": 9,
         "checkpointing": "all",
+        "micro_batch_tokens": 700,
     }
     resolved, plan = settled(**given)
     assert {name: getattr(resolved.config, name) for name in given} == given
@@ -73,6 +74,13 @@ def test_settling_again_changes_nothing(tmp_path):
     again, same_plan = settle_for_data(settle_for_machine(Resolved(config)), [Row([5], [True])] * 100, 999, {})
     assert again.config == resolved.config
     assert same_plan == plan
+
+
+def test_a_quantised_file_stays_packed():
+    """`auto` keeps what the file has; another choice is the user's."""
+    resolved = settle_for_machine(Resolved(TrainConfig()), quantised=True)
+    assert (resolved.config.base, resolved.origin["base"]) == ("packed", "auto: the model's file is quantised")
+    assert settle_for_machine(Resolved(TrainConfig(base="bf16")), quantised=True).config.base == "bf16"
 
 
 def test_compute_follows_the_processor(monkeypatch):
@@ -139,18 +147,39 @@ def test_max_length_is_the_longest_row():
     assert settled(longest=77)[0].config.max_length == 77
 
 
-def test_checkpointing_follows_memory(monkeypatch):
-    """Off while a pack's activations fit half of the free memory, all beyond; a row longer than the pack counts."""
-    needed = activation_bytes(MODEL, 2048, "fp32")
-    for free, mode in ((2 * needed, "off"), (2 * needed - 2, "all"), (0, "all")):
-        monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
-        resolved, plan = settled(compute="fp32")
-        assert resolved.config.checkpointing == mode
-        assert plan.checkpointing == (mode == "all")
-        assert "2048 tokens need about" in resolved.origin["checkpointing"]
-    monkeypatch.setattr(machine, "available_memory", lambda: 2 * needed)
-    assert settled(compute="fp32", rows=2, length=2049)[0].config.checkpointing == "all"
-    assert settled(compute="bf16", rows=2, length=4096)[0].config.checkpointing == "off"
+def test_packs_and_checkpointing_follow_memory(monkeypatch):
+    """The largest of 2048, 1024 and 512 tokens whose activations fit half of the free memory, without checkpointing;
+    where none does, 2048 with it. A row longer than a pack counts; what is given stays."""
+    needed = {tokens: activation_bytes(MODEL, tokens, "fp32") for tokens in (512, 1024, 2048)}
+    monkeypatch.setattr(settings, "ACTIVATIONS", 10**12)
+
+    def chosen(free: int, **given) -> tuple:
+        monkeypatch.setattr(machine, "available_memory", lambda: free)
+        resolved, plan = settled(compute="fp32", **given)
+        assert plan.checkpointing == (resolved.config.checkpointing == "all")
+        return resolved.config.micro_batch_tokens, resolved.config.checkpointing, resolved.origin
+
+    for tokens in (2048, 1024, 512):
+        size, mode, origin = chosen(2 * needed[tokens])
+        assert (size, mode) == (tokens, "off")
+        assert origin["checkpointing"].startswith(f"auto: activations of {tokens} tokens need about ")
+        assert chosen(2 * needed[tokens], rows=2, length=tokens + 1)[:2] != (tokens, "off")
+    assert chosen(2 * needed[512] - 2)[:2] == (2048, "all")
+    assert chosen(2 * needed[1024], checkpointing="all")[:2] == (2048, "all")
+    assert chosen(0, checkpointing="off")[:2] == (512, "off")
+    assert chosen(2 * needed[1024], micro_batch_tokens=2048)[:2] == (2048, "all")
+    assert chosen(2 * needed[1024], micro_batch_tokens=900)[:2] == (900, "off")
+
+
+def test_activations_stay_under_3_gb_on_large_machines(monkeypatch):
+    """An 8B model's 512 tokens need 4 GB: recomputed, however much is free. SmolLM2's 2048 need 1.8: kept."""
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**12)
+    large = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    rows = [Row([5] * 20, [True] * 20)] * 9
+    resolved = settle_for_machine(Resolved(TrainConfig(compute="bf16")))
+    assert settle_for_data(resolved, rows, 50, large)[1].checkpointing
+    small, plan = settle_for_data(resolved, rows, 50, MODEL)
+    assert (small.config.micro_batch_tokens, plan.checkpointing) == (2048, False)
 
 
 def test_activations_by_hand():

@@ -14,6 +14,7 @@ _PUBLIC = {
     "attach": "lorafit.adapter.attach",
     "save_adapter": "lorafit.adapter.file",
     "load_adapter": "lorafit.adapter.file",
+    "save_nf4": "lorafit.model.save",
     "LorafitError": "lorafit.errors",
 }
 __all__ = list(_PUBLIC)

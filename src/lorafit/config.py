@@ -48,8 +48,9 @@ class TrainConfig:
     init_adapter: str | None = None
     """Adapter folder to go on from; its rank, alpha and targets are taken over. Default: a new adapter."""
 
-    base: Literal["auto", "bf16", "fp32"] = "auto"
-    """How the frozen weights are stored in memory. auto = as --compute."""
+    base: Literal["auto", "bf16", "fp32", "nf4", "int8", "packed"] = "auto"
+    """How the frozen weights are stored: 16 or 32 bits, 4 bits (nf4), 8 bits (int8), or as the model's file has them
+    (packed). auto = packed for a quantised model, else as --compute."""
     compute: Literal["auto", "bf16", "fp32"] = "auto"
     """What matrix products run in. auto = bf16 where the processor has fast bf16 products, else fp32."""
     threads: int | None = None
@@ -84,10 +85,11 @@ class TrainConfig:
     """Count rows with faults and go on without them. Default: faults stop the run before it begins."""
     packing: Literal["auto", "off"] = "auto"
     """auto = several rows share one sequence, exactly as if each were alone; off = one row at a time."""
-    micro_batch_tokens: int = 2048
-    """Tokens computed at once; a step's rows are packed into sequences of at most this many. Bounds memory."""
+    micro_batch_tokens: int | None = None
+    """Tokens computed at once; a step's rows are packed into sequences of at most this many, which bounds memory.
+    Default: 2048, or down to 512 where activations would need more than 3 GB or half of the free memory."""
     checkpointing: Literal["auto", "off", "all"] = "auto"
-    """Keep the activations (off) or compute each layer twice (all). auto = all where they would fill memory."""
+    """Keep the activations (off) or compute each layer twice (all). auto = all where they would need more than that."""
 
     eval: tuple[str, ...] = ()
     """Evaluation data. Default: a part of the training data, see --eval-fraction."""

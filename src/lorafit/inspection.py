@@ -36,10 +36,21 @@ def _model(path: Path) -> dict[str, Any]:
         "architecture": source.config["model_type"],
         "parameters": parameters,
         "bytes_by_format": source.bytes_by_format(),
+        "base": base_of(source.quantised),
         **{key: source.config[key] for key in keys if key in source.config},
         "chat_template": tokenizer.has_template,
         "tokenizer": tokenizer.fingerprint(),
     }
+
+
+def base_of(quantised: bool) -> dict[str, str]:
+    """How `--base auto` stores a model's matrices, which kernels read them, and why."""
+    from lorafit.config import Resolved, TrainConfig
+    from lorafit.kernels import native
+    from lorafit.settings import settle_for_machine
+
+    settled, (kernels, why) = settle_for_machine(Resolved(TrainConfig()), quantised), native.describe()
+    return {"stored": settled.config.base, "why": settled.origin["base"], "kernels": f"{kernels} ({why})"}
 
 
 def _adapter(path: Path) -> dict[str, Any]:
@@ -113,13 +124,22 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def doctor() -> dict[str, Any]:
     """The machine, the versions, and which kernels run and why."""
+    from lorafit.kernels import native, ops
+
     fast = machine.fast_bf16()
+    kernels, why_kernels = native.describe()
     return {
         "machine": machine.describe(),
         "memory": {"available_bytes": machine.available_memory()},
         "versions": machine.versions(),
         "compute": "bf16" if fast else "fp32",
         "why": "the processor has fast bf16 products" if fast else "the processor has no fast bf16 products",
-        "kernels": "torch operators; weights are unpacked when the model is loaded (no native library yet)",
+        "kernels": {
+            "in_use": kernels,
+            "why": why_kernels,
+            "processor_paths": native.paths(),
+            "formats": [*ops.CODES],
+            "threads": "torch's own OpenMP team" if native.shares_threads() else "a second OpenMP team beside torch's",
+        },
         "gpu": "not used yet",
     }

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from lorafit.formats.folders import file_hash, make_folder, write_text_atomicall
 from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.frozen.fingerprint import digest, fingerprint
 from lorafit.inputs import read_rows, read_template
-from lorafit.model.load import Base, context_of, load_base
+from lorafit.kernels import native
+from lorafit.model.load import Base, context_of, frozen_weights, load_base
 from lorafit.model.sources import open_source
 from lorafit.settings import settle_for_data, settle_for_machine
 from lorafit.training.checkpoint import Checkpoints, Progress, single_writer
@@ -102,11 +104,11 @@ def resume(out: Path, changes: dict[str, Any] | None = None, *, started: float |
 
 def prepare(resolved: Resolved) -> Job:
     """From settings to a model with its adapter and token rows; nothing is written."""
-    resolved = settle_for_machine(resolved)
+    source = open_source(Path(resolved.config.model))
+    resolved = settle_for_machine(resolved, source.quantised)
     config = resolved.config
     torch.set_num_threads(int(config.threads or 1))
     machine.keep_freed_memory()
-    source = open_source(Path(config.model))
     tokenizer = source.tokenizer(read_template(config.template))
     data, records = read_rows(config.data, tokenizer, config, context_of(source))
     if config.eval:
@@ -150,7 +152,7 @@ def _execute(job: Job, out: Path, started: float) -> Result:
         checkpoints=checkpoints,
         metrics=metrics,
         identity=job.identity,
-        evaluate=(lambda: held_out(base.model, base.head, job.evaluation, config.micro_batch_tokens).loss)
+        evaluate=(lambda: held_out(base.model, base.head, job.evaluation, int(config.micro_batch_tokens or 1)).loss)
         if job.evaluation
         else None,
         report=progress_bar.line,
@@ -182,7 +184,7 @@ def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float) -
         base=job.base,
         data=job.data,
         evaluation=job.evaluation,
-        budget=job.resolved.config.micro_batch_tokens,
+        budget=int(job.resolved.config.micro_batch_tokens or 1),
         save_seconds=run.save_seconds,
         started=started,
     )
@@ -292,14 +294,26 @@ def _describe(job: Job) -> None:
                 f"{counts['trained_tokens']} trained; {len(job.evaluation)} rows held out")  # fmt: skip
     console.say(f"adapter   rank {config.rank}, alpha {config.alpha:g}, {trainable:,} parameters")
     console.say(f"steps     {job.plan.steps} of {config.batch_size} rows")
-    for name in ("lr", "compute"):
+    for name in ("lr", "base", "compute"):
         console.say(f"{name:<9} {getattr(config, name)}  ({job.resolved.origin.get(name, 'default')})")
+    console.say(f"weights   {_weights(job.base)}; kernels {native.describe()[0]}")
+    if job.base.kept:
+        first = ", ".join(job.base.kept[:3]) + (", ..." if len(job.base.kept) > 3 else "")
+        console.warn(f"{len(job.base.kept)} layers stay in 16 bits, their rows are no whole blocks: {first}")
     for place, what in job.data.problems[:8]:
         console.warn(f"{place}: {what}")
     if len(job.data.problems) > 8:
         console.warn(f"and {len(job.data.problems) - 8} more; `lorafit preview` lists them all")
     if not job.base.tokenizer.has_template:
         console.warn("the model has no chat template: rows use the plain one of the documentation")
+
+
+def _weights(base: Base) -> str:
+    """The frozen matrices' bytes by format."""
+    sizes: Counter[str] = Counter()
+    for weight in frozen_weights(base.model).values():
+        sizes[weight.format] += weight.nbytes
+    return ", ".join(f"{name} {console.gigabytes(size)}" for name, size in sizes.most_common())
 
 
 def _farewell(out: Path, report: dict[str, Any]) -> None:

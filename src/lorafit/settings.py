@@ -13,16 +13,21 @@ from lorafit.training.loop import Plan
 from lorafit.training.optim import auto_lr
 
 SMALL_DATA = 500  # rows
+MICRO_BATCHES = (2048, 1024, 512)  # tokens computed at once: more are no faster, fewer make products slow
+ACTIVATIONS = 3 * 10**9  # bytes that they may take, however much memory is free
 
 
-def settle_for_machine(resolved: Resolved) -> Resolved:
-    """Compute dtype, storage dtype and threads, from the processor's features."""
+def settle_for_machine(resolved: Resolved, quantised: bool = False) -> Resolved:
+    """Compute dtype, the base's storage and threads, from the processor's features and whether the model's file is
+    quantised."""
     config = resolved.config
     if config.compute == "auto":
         fast = machine.fast_bf16()
         why = "this processor has fast bf16 products" if fast else "this processor has no fast bf16 products"
         resolved = resolved.settle("compute", "bf16" if fast else "fp32", f"auto: {why}")
-    if config.base == "auto":
+    if config.base == "auto" and quantised:
+        resolved = resolved.settle("base", "packed", "auto: the model's file is quantised")
+    elif config.base == "auto":
         resolved = resolved.settle("base", resolved.config.compute, "auto: as compute")
     if config.threads is None:
         resolved = resolved.settle("threads", machine.cores(), "auto: the cores that this process may use")
@@ -56,13 +61,29 @@ def settle_for_data(
         resolved = resolved.settle("save_every", max(1, math.ceil(steps / 10)), "auto: a tenth of the run")
     if config.eval_every is None:
         resolved = resolved.settle("eval_every", resolved.config.save_every, "auto: as save_every")
-    if config.checkpointing == "auto":
-        pack = max(resolved.config.micro_batch_tokens, max(len(row.ids) for row in rows))
-        size, room = activation_bytes(model, pack, resolved.config.compute), machine.available_memory() // 2
-        mode = "all" if size > room else "off"
-        why = f"auto: {pack} tokens need about {size / 1e9:.1f} GB, half of free memory is {room / 1e9:.1f} GB"
-        resolved = resolved.settle("checkpointing", mode, why)
+    if config.checkpointing == "auto" or config.micro_batch_tokens is None:
+        resolved = _settle_activations(resolved, max(len(row.ids) for row in rows), model)
     return resolved, Plan(steps, per_epoch, resolved.config.checkpointing == "all")
+
+
+def _settle_activations(resolved: Resolved, longest: int, model: dict[str, Any]) -> Resolved:
+    """The largest packs whose activations fit; where not even the smallest do, large ones with checkpointing.
+
+    longest: tokens of the longest training row, which is a pack at least. A layer computed twice costs half as much
+    again, a smaller pack next to nothing.
+    """
+    config = resolved.config
+    room = min(machine.available_memory() // 2, ACTIVATIONS)
+    choices = MICRO_BATCHES if config.micro_batch_tokens is None else (config.micro_batch_tokens,)
+    sizes = {tokens: activation_bytes(model, max(tokens, longest), config.compute) for tokens in choices}
+    fitting = [tokens for tokens, size in sizes.items() if size <= room]
+    mode = ("off" if fitting else "all") if config.checkpointing == "auto" else config.checkpointing
+    tokens = choices[0] if mode == "all" else fitting[0] if fitting else choices[-1]
+    needed, free = sizes[tokens] / 1e9, room / 1e9
+    why = f"auto: activations of {tokens} tokens need about {needed:.1f} GB, and may take {free:.1f} GB"
+    if config.micro_batch_tokens is None:
+        resolved = resolved.settle("micro_batch_tokens", tokens, why)
+    return resolved.settle("checkpointing", mode, why) if config.checkpointing == "auto" else resolved
 
 
 def activation_bytes(model: dict[str, Any], tokens: int, compute: str) -> int:

@@ -61,12 +61,12 @@ def test_rows_are_the_matrixs(matrix, dtype):
     assert torch.equal(weight.dense(dtype), matrix.to(dtype))
 
 
-def test_embedding_takes_rows(matrix):
-    """Rows by id, in the order and shape of the ids, repeated ones too."""
+def test_embedding_takes_rows(matrix, dtype):
+    """Rows by id, in the order and shape of the ids and in the dtype asked for, repeated ones too."""
     weight = DenseWeight(matrix)
     for shape in ((), (5,), (2, 3)):
         ids = torch.randint(matrix.shape[0], shape)
-        assert torch.equal(weight.embed(ids), matrix[ids])
+        assert torch.equal(weight.embed(ids, dtype), matrix[ids].to(dtype))
 
 
 def test_the_matrix_is_shared_and_never_trained(matrix):

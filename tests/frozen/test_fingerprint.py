@@ -84,7 +84,7 @@ def test_another_float_format_is_the_same_weights(dtype, name):
     assert digest(plain) != digest(other)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_quantised_copy_is_the_same_weights(kind, seed):
     """What a GGUF file of these weights dequantises to belongs to the plain model, with a note."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,11 +24,8 @@ class DenseWeight(FrozenWeight):
     def rows(self, start: int, stop: int, out: Tensor) -> Tensor:
         return out.copy_(self.matrix[start:stop])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.matrix.to(x.dtype))
+    def block(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return self.matrix[start:stop] if self.matrix.dtype == dtype else super().block(start, stop, dtype)
 
-    def backward_input(self, grad: Tensor) -> Tensor:
-        return grad @ self.matrix.to(grad.dtype)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.matrix)
+    def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(ids, self.matrix).to(dtype)

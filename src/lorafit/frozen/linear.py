@@ -49,5 +49,5 @@ class FrozenEmbedding(nn.Module):
         self.scale = torch.tensor(scale, dtype=dtype).item()
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = self.weight.embed(ids).to(self.dtype)
+        rows = self.weight.embed(ids, self.dtype)
         return rows if self.scale == 1.0 else rows * self.scale

@@ -16,15 +16,22 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from lorafit.errors import Faults, LorafitError, ModelError
+from lorafit import console
+from lorafit.errors import ConfigError, Faults, LorafitError, ModelError
 from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenEmbedding, FrozenLinear
+from lorafit.frozen.packed import PackedWeight, quantise
+from lorafit.frozen.weight import FrozenWeight
+from lorafit.kernels import native, ops
 from lorafit.model import attention
 from lorafit.model.head import Head
 from lorafit.model.sources import WeightSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FLOATS = {torch.bfloat16: "BF16", torch.float32: "F32"}  # a file's name for each compute dtype
+KEPT = "kept"  # how they leave embedding and head: packed where the file has them so, else in 16 bits
+QUANTISED = ("nf4", "int8")  # what linear layers are quantised to while the model streams in
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Base:
     model: PreTrainedModel
     head: Head
     tokenizer: TextTokenizer
+    kept: tuple[str, ...] = ()
+    """Linear layers that stay in 16 bits since their rows do not divide into the blocks of --base."""
 
 
 def context_of(source: WeightSource) -> int:
@@ -44,18 +53,26 @@ def context_of(source: WeightSource) -> int:
 def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute: str) -> Base:
     """The model of `source` with frozen weights, in eval mode.
 
-    base, compute: "bf16" or "fp32": how weights are stored, and what products run in. Raises ModelError (or Faults)
-    for anything that does not fit.
+    base: how weights are stored: `packed` (as the file has them), `nf4`, `int8`, `bf16` or `fp32`. compute: what
+    products run in, `bf16` or `fp32`. Raises ModelError (or Faults) for anything that does not fit.
     """
-    model = build(source, DTYPES[base], DTYPES[compute])
+    if base == "packed" and not source.packs:
+        remedy = "give nf4 or int8, or a GGUF file"
+        raise ConfigError("--base", f"packed, and {source.place} holds no packed weights", remedy)
+    model = build(source, base, DTYPES[compute])
+    weights = {path.removesuffix(".weight"): weight for path, weight in frozen_weights(model).items()}
+    if any(isinstance(weight, PackedWeight) for weight in weights.values()) and native.library() is None:
+        console.warn(f"packed weights are unpacked by plain torch, which is slow ({native.describe()[1]})")
     rows = head_of(model).weight.out_features
     if tokenizer.vocab_size > rows:
         what = f"has {tokenizer.vocab_size} tokens and the embedding {rows} rows"
         raise ModelError(f"{source.place}: tokenizer", what, "use the tokenizer that belongs to the model")
-    return Base(model, head_of(model), tokenizer)
+    linear = [path for path, module in model.named_modules() if isinstance(module, FrozenLinear) and path != "lm_head"]
+    kept = [path for path in linear if base in QUANTISED and isinstance(weights[path], DenseWeight)]
+    return Base(model, head_of(model), tokenizer, tuple(kept))
 
 
-def build(source: WeightSource, base: torch.dtype, compute: torch.dtype) -> PreTrainedModel:
+def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedModel:
     """The frozen model of a source, streaming: one tensor above the result at most."""
     config = _configuration(source)
     config.use_cache = False  # with a cache, packed documents would not be kept apart
@@ -65,15 +82,16 @@ def build(source: WeightSource, base: torch.dtype, compute: torch.dtype) -> PreT
         source.shapes.pop("lm_head.weight", None)  # some exports repeat the tied matrix
     check_tensors(model, source)
     _fill_buffers(model)
-    embedding: DenseWeight | None = None
+    embedding: FrozenWeight | None = None
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding):
-            embedding = _weight(source, f"{path}.weight", base)
+            embedding = _weight(source, f"{path}.weight", KEPT if base in QUANTISED else base, compute)
             scale = float(getattr(module, "scalar_embed_scale", 1.0))
             _replace(model, path, FrozenEmbedding(embedding, compute, scale))
         elif isinstance(module, nn.Linear):
             tied = f"{path}.weight" not in source.shapes
-            weight = embedding if tied else _weight(source, f"{path}.weight", base)
+            kept = path == "lm_head" and base in QUANTISED  # as QLoRA and bitsandbytes do: the head is not quantised
+            weight = embedding if tied else _weight(source, f"{path}.weight", KEPT if kept else base, compute)
             assert weight is not None, "a tied head needs an embedding before it"
             bias = source.load(f"{path}.bias").to(compute) if module.bias is not None else None
             _replace(model, path, FrozenLinear(weight, bias))
@@ -127,8 +145,32 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(model.lm_head.weight, multiplier, getattr(config, "final_logit_softcapping", None))
 
 
-def _weight(source: WeightSource, name: str, dtype: torch.dtype) -> DenseWeight:
-    return DenseWeight(source.load(name).to(dtype), source.format(name))
+def frozen_weights(model: nn.Module) -> dict[str, FrozenWeight]:
+    """Every frozen matrix by its path, a tied one once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FrozenWeight)}
+
+
+def _weight(source: WeightSource, name: str, base: str, compute: torch.dtype) -> FrozenWeight:
+    """The matrix in the format that `base` asks for; one that the format does not fit stays in 16 bits."""
+    if base in DTYPES:
+        return DenseWeight(source.load(name).to(DTYPES[base]), source.format(name))
+    stored = source.stored(name)
+    if stored is not None and (base in ("packed", KEPT) or stored.format == base.upper()):
+        row = ops.first_bad_row(stored)
+        if row is not None:
+            what = f"row {row} has a weight or scale that is NaN or infinite"
+            raise ModelError(f"{source.place}: {name}", what, "the file is damaged; download or convert it again")
+        if stored.order is None and stored.format == FLOATS[compute]:  # a view of the file, multiplied where it lies
+            return DenseWeight(stored.data.view(compute), stored.format)
+        return PackedWeight(stored)
+    values = source.load(name)
+    if base == "packed":
+        return DenseWeight(values, source.format(name))
+    try:
+        found = quantise(values, base) if base in QUANTISED else None
+    except ValueError as error:
+        raise ModelError(f"{source.place}: {name}", str(error), "the file is damaged; download it again") from None
+    return found or DenseWeight(values if values.element_size() == 2 else values.bfloat16(), source.format(name))
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import ModelError
-from lorafit.formats import gguf_config, names
+from lorafit.formats import bitsandbytes, gguf_config, names, place
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_tokenizer import from_gguf
-from lorafit.formats.safetensors import Shards, open_folder
+from lorafit.formats.safetensors import BYTES, Shards, open_folder
 from lorafit.formats.tokenizer import TextTokenizer, load_tokenizer
-from lorafit.kernels.unpack import unpack
+from lorafit.kernels import ops
+from lorafit.kernels.ops import Stored
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "smollm3")
 
@@ -30,6 +31,14 @@ class WeightSource(ABC):
     config: dict[str, Any]
     """Fields of the Hugging Face configuration, `model_type` among them."""
     shapes: dict[str, tuple[int, ...]]
+    quantised: bool
+    """Whether some matrices are stored in fewer than 16 bits."""
+    packs: bool
+    """Whether matrices can be used as they lie in the file."""
+
+    def stored(self, name: str) -> Stored | None:
+        """The matrix as it lies in the file, for operators that read it there; None where only `load` can give it."""
+        return None
 
     @abstractmethod
     def load(self, name: str) -> Tensor:
@@ -62,20 +71,34 @@ def open_source(path: Path) -> WeightSource:
 
 
 class FolderSource(WeightSource):
-    """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
+    """A Hugging Face folder: config.json, safetensors (plain, or NF4 by bitsandbytes), tokenizer.json."""
 
     def __init__(self, path: Path) -> None:
         self.place, self._path = str(path), path
         self.config = read_config(path)
         self._shards: Shards = open_folder(path)
-        self.shapes = dict(self._shards.shapes)
+        self._nf4 = bitsandbytes.read_all(self._shards.load, self._shards.shapes, str(path))
+        inside = {part for name in self._nf4 for part in bitsandbytes.parts_of(name)}
+        self.shapes = {name: shape for name, shape in self._shards.shapes.items() if name not in inside}
+        self.shapes |= {name: parts.shape for name, parts in self._nf4.items()}
+        self.quantised = self.packs = bool(self._nf4)
+        for name in self.shapes.keys() - self._nf4.keys():
+            if self._shards.dtypes[name] in ("U8", "I8"):
+                raise ModelError(place(path, name), f"has dtype {self._shards.dtypes[name]}, and no bitsandbytes parts")
         _check_sizes(self.config, len(self.shapes), path / "config.json")
 
+    def stored(self, name: str) -> Stored | None:
+        if name not in self._nf4:
+            return None
+        parts = self._nf4[name]
+        return Stored(ops.NF4, parts.shape[1], parts.codes, parts.scales, parts.nested, parts.offset)
+
     def load(self, name: str) -> Tensor:
-        return self._shards.load(name)
+        stored = self.stored(name)
+        return self._shards.load(name) if stored is None else ops.values(stored)
 
     def format(self, name: str) -> str:
-        return self._shards.dtypes[name]
+        return ops.NF4 if name in self._nf4 else self._shards.dtypes[name]
 
     def tokenizer(self, template: str | None) -> TextTokenizer:
         return load_tokenizer(self._path, template)
@@ -83,12 +106,13 @@ class FolderSource(WeightSource):
     def bytes_by_format(self) -> dict[str, int]:
         sizes: Counter[str] = Counter()
         for name, shape in self._shards.shapes.items():
-            sizes[self.format(name)] += torch.Size(shape).numel() * (4 if self.format(name) == "F32" else 2)
+            owner = name.removesuffix(bitsandbytes.suffix_of(name))
+            sizes[self.format(owner)] += torch.Size(shape).numel() * BYTES[self._shards.dtypes[name]]
         return dict(sizes)
 
 
 class GgufSource(WeightSource):
-    """A GGUF file, mapped; blocks are unpacked tensor by tensor."""
+    """A GGUF file, mapped; blocks stay packed, or are unpacked tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
         self.place = str(path)
@@ -96,9 +120,14 @@ class GgufSource(WeightSource):
         self.config = gguf_config.hf_config(self._gguf)
         self._entries = names.entries(self._gguf)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.packs = True
+        self.quantised = any(tensor.type.elements > 1 for tensor in self._gguf.tensors.values())
+
+    def stored(self, name: str) -> Stored | None:
+        return self._entries[name].matrix(self._gguf)
 
     def load(self, name: str) -> Tensor:
-        return self._entries[name].load(self._gguf, unpack)
+        return self._entries[name].load(self._gguf)
 
     def format(self, name: str) -> str:
         return self._gguf.tensors[self._entries[name].tensor].type.name
@@ -136,7 +165,25 @@ def read_config(folder: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(str(kind), MODEL_TYPES, 1)
         remedy = f"the nearest supported one is {near[0]}" if near else f"supported: {', '.join(MODEL_TYPES)}"
         raise ModelError(f"{file}: model_type", f"{kind!r} is not supported yet", remedy)
-    if config.get("quantization_config"):
-        raise ModelError(f"{file}: quantization_config", "quantised folders are not supported yet", "use a GGUF file")
-    drop = ("auto_map", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path")
+    _check_quantization(config.get("quantization_config"), f"{file}: quantization_config")
+    drop = (
+        "quantization_config",
+        "auto_map",
+        "architectures",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "_name_or_path",
+    )
     return {key: value for key, value in config.items() if key not in drop}
+
+
+def _check_quantization(found: Any, place: str) -> None:
+    """Refuses every quantisation but the one whose tensors are read. Raises ModelError."""
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    kind = found.get("bnb_4bit_quant_type") if isinstance(found, dict) and found.get("load_in_4bit") else None
+    if method != "bitsandbytes" or kind != "nf4":
+        what = f"is {str(method)[:40]!a}" + (f" {str(kind)[:40]}" if kind else "")
+        raise ModelError(place, f"{what}, which is not read", "use bitsandbytes' nf4, a GGUF file or the plain model")

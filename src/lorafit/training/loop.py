@@ -122,7 +122,7 @@ def _train_step(run: Run, optimizer: torch.optim.Optimizer, named: dict[str, nn.
     started = time.perf_counter()
     config, plan = run.config, run.plan
     numbers = step_rows(config.seed, step, len(run.rows), _set(config.batch_size))
-    packs = pack_rows(run.rows, numbers, config.micro_batch_tokens, config.packing == "auto")
+    packs = pack_rows(run.rows, numbers, _set(config.micro_batch_tokens), config.packing == "auto")
     lr = lr_at(step, plan.steps, _set(config.lr), config.schedule, config.warmup)
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate(

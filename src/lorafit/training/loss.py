@@ -2,6 +2,7 @@
 
 The caller picks the hidden states whose next token is trained. For a chunk of them the logits, the loss and the
 gradient with respect to the hidden states come out of one pass, since the head is frozen; only that gradient is kept.
+The head's matrix, dense or packed, is multiplied in blocks of the vocabulary, unpacked just before and never whole.
 
     z = m * (h W^T)                    m: the model's logit multiplier (Granite divides, Cohere multiplies)
     z = c * tanh(z / c)                c: the model's final softcap (Gemma), if it has one
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from lorafit.model.head import Head
 
-CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 64 MB in fp32
+CHUNK_BYTES = 1 << 27  # logits alive at once, in the compute dtype
+PIECE_ELEMENTS = 1 << 20  # of them in fp32 at a time: 4 MB stay in the cache
+BLOCK_WEIGHTS = 1 << 23  # of the head unpacked at a time: 17 MB in bf16 stay in the cache
 
 
 def token_losses(hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
@@ -31,7 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
         wanted = hidden_NH.requires_grad
-        size = max(1, CHUNK_ELEMENTS // head.weight.out_features)
+        size = max(1, CHUNK_BYTES // (head.weight.out_features * hidden_NH.element_size()))
         losses = hidden_NH.new_empty(len(targets_N), dtype=torch.float32)
         gradient_NH = torch.empty_like(hidden_NH) if wanted else None
         for start in range(0, len(targets_N), size):
@@ -49,20 +52,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _chunk(hidden_CH: Tensor, targets_C: Tensor, head: Head, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """Losses (C,) and, if wanted, d loss_i / d hidden_i (C, H) of one chunk."""
-    logits_CV = head.weight(hidden_CH).float()
-    if head.multiplier != 1.0:
-        logits_CV *= head.multiplier
-    if head.softcap is not None:
-        logits_CV = torch.tanh_(logits_CV.div_(head.softcap)).mul_(head.softcap)
-    normalizer_C = torch.logsumexp(logits_CV, dim=-1)
-    losses_C = normalizer_C - logits_CV.gather(1, targets_C[:, None])[:, 0]
+    weight = head.weight
+    blocks = list(weight.blocks(BLOCK_WEIGHTS))
+    logits_CV = hidden_CH.new_empty(len(hidden_CH), weight.out_features)
+    for start, stop in blocks:
+        torch.mm(hidden_CH, weight.block(start, stop, hidden_CH.dtype).T, out=logits_CV[:, start:stop])
+    losses_C = torch.empty(len(targets_C))
+    step = max(1, PIECE_ELEMENTS // weight.out_features)
+    for start in range(0, len(targets_C), step):
+        piece = slice(start, start + step)
+        losses_C[piece] = _piece(logits_CV[piece], targets_C[piece], head, wanted)
     if not wanted:
         return losses_C, None
-    slope_CV = None if head.softcap is None else 1 - (logits_CV / head.softcap) ** 2  # of the tanh
-    grad_CV = logits_CV.sub_(normalizer_C[:, None]).exp_()  # softmax
-    grad_CV[torch.arange(len(targets_C)), targets_C] -= 1
-    if slope_CV is not None:
-        grad_CV *= slope_CV
+    gradient_CH = torch.zeros(hidden_CH.shape)
+    for start, stop in blocks:
+        gradient_CH += logits_CV[:, start:stop] @ weight.block(start, stop, hidden_CH.dtype)
+    return losses_C, gradient_CH.to(hidden_CH.dtype)
+
+
+def _piece(logits_PV: Tensor, targets_P: Tensor, head: Head, wanted: bool) -> Tensor:
+    """Losses (P,) of the head's products; if wanted, the loss's gradient is written over them."""
+    z_PV = logits_PV.float()
     if head.multiplier != 1.0:
-        grad_CV *= head.multiplier
-    return losses_C, head.weight.backward_input(grad_CV.to(hidden_CH.dtype))
+        z_PV *= head.multiplier
+    if head.softcap is not None:
+        z_PV = torch.tanh_(z_PV.div_(head.softcap)).mul_(head.softcap)
+    normalizer_P = torch.logsumexp(z_PV, dim=-1)
+    losses_P = normalizer_P - z_PV.gather(1, targets_P[:, None])[:, 0]
+    if wanted:
+        slope_PV = None if head.softcap is None else 1 - (z_PV / head.softcap) ** 2  # of the tanh
+        grad_PV = z_PV.sub_(normalizer_P[:, None]).exp_()  # softmax
+        grad_PV[torch.arange(len(targets_P)), targets_P] -= 1
+        if slope_PV is not None:
+            grad_PV *= slope_PV
+        if head.multiplier != 1.0:
+            grad_PV *= head.multiplier
+        logits_PV.copy_(grad_PV)
+    return losses_P

@@ -1,0 +1,77 @@
+"""Frozen weights that stay as they are stored: GGUF blocks in the mapped file, NF4, int8.
+
+The tensors are the file's own bytes or what quantising gave; a value exists only in the scratch buffer, just before a
+product, or in a register, when few tokens are decoded. Sources: ggml's block formats; Dettmers et al. 2023, "QLoRA",
+arXiv:2305.14314, for NF4 and double quantization, in 4.127 bits per weight; int8 with a scale per row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.frozen.weight import FrozenWeight
+from lorafit.kernels import ops
+from lorafit.kernels.ops import Stored
+
+FEW = 8  # tokens up to which multiplying in registers beats unpacking to memory
+
+
+class PackedWeight(FrozenWeight):
+    """W (O, I) in the format of `stored`; its tensors become the module's, none of them trainable."""
+
+    def __init__(self, stored: Stored, source_format: str | None = None) -> None:
+        super().__init__()
+        self.out_features = len(stored.data if stored.order is None else stored.order)
+        self.in_features = stored.columns
+        self.format = stored.format
+        self.source_format = source_format or stored.format
+        self.offset, self.first_row = stored.offset, stored.first_row
+        self.data = nn.Parameter(stored.data, requires_grad=False)
+        for name in ("scales", "nested"):
+            part = getattr(stored, name)
+            self.register_parameter(name, None if part is None else nn.Parameter(part, requires_grad=False))
+        self.register_buffer("order", stored.order, persistent=False)
+
+    @property
+    def stored(self) -> Stored:
+        """The tensors as the operators take them."""
+        parts = (self.data, self.scales, self.nested)
+        return Stored(self.format, self.in_features, *parts, self.offset, self.first_row, self.order)  # type: ignore[arg-type]
+
+    def part(self, start: int, stop: int) -> PackedWeight:
+        """Rows start..stop as a weight of its own over the same memory: one expert of a 3-D tensor, one shard."""
+        stored = self.stored
+        if stored.order is not None:
+            return PackedWeight(replace(stored, order=stored.order[start:stop]), self.source_format)
+        scales = None if stored.scales is None else stored.scales[start:stop]
+        first = stored.first_row + start
+        return PackedWeight(
+            replace(stored, data=stored.data[start:stop], scales=scales, first_row=first), self.source_format
+        )
+
+    def rows(self, start: int, stop: int, out: Tensor) -> Tensor:
+        return ops.unpack(self.stored, start, out[: stop - start])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() <= FEW * self.in_features:
+            y = ops.matvec(self.stored, x.reshape(-1, self.in_features))
+            return y.view(*x.shape[:-1], self.out_features)
+        return super().forward(x)
+
+    def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(ids.numel(), self.in_features, dtype=dtype)
+        return ops.unpack_rows(self.stored, ids.reshape(-1), out).view(*ids.shape, self.in_features)
+
+
+def quantise(matrix_OI: Tensor, format: str) -> PackedWeight | None:
+    """A matrix in `nf4` (double-quantised) or `int8`; None where its rows do not divide into the format's blocks.
+
+    matrix_OI: (O, I) in any float dtype. Raises ValueError when it holds NaN or infinity.
+    """
+    if format == "int8":
+        return PackedWeight(ops.quantise_int8(matrix_OI))
+    assert format == "nf4", f"no format {format}"
+    return PackedWeight(ops.quantise_nf4(matrix_OI)) if matrix_OI.shape[1] % 64 == 0 else None
