@@ -104,33 +104,38 @@ template <class Sink> INLINE void q3_k(const uint8_t *b, Sink &sink) {
   }
 }
 
-/* The six-bit scale and minimum of sub-block j of Q4_K and Q5_K. */
-struct ScaleMin {
-  float scale, minimum;
+/* The scales and (negated) minima of the eight sub-blocks of Q4_K and Q5_K, from six bits each, four bytes at a time. */
+struct Affines {
+  float scale[8], plus[8];
 };
-INLINE ScaleMin scale_min(const uint8_t *b, int j, float d, float dmin) {
-  const uint8_t *s = b + 4;
-  const int scale = j < 4 ? s[j] & 63 : (s[j + 4] & 15) | (s[j - 4] >> 6 << 4);
-  const int minimum = j < 4 ? s[j + 4] & 63 : s[j + 4] >> 4 | (s[j] >> 6 << 4);
-  return {d * (float)scale, dmin * (float)minimum};
+INLINE Affines affines(const uint8_t *b) {
+  const uint32_t s = read<uint32_t>(b + 4), m = read<uint32_t>(b + 8), mixed = read<uint32_t>(b + 12);
+  const uint32_t six = 0x3F3F3F3Fu, four = 0x0F0F0F0Fu, two = 0x03030303u;
+  const uint32_t scales[2] = {s & six, (mixed & four) | (s >> 6 & two) << 4};
+  const uint32_t minima[2] = {m & six, (mixed >> 4 & four) | (m >> 6 & two) << 4};
+  uint8_t bytes[16];
+  memcpy(bytes, scales, 8);
+  memcpy(bytes + 8, minima, 8);
+  const float d = half(b), dmin = half(b + 2);
+  Affines of;
+  for (int j = 0; j < 8; j++) of.scale[j] = d * (float)bytes[j];
+  for (int j = 0; j < 8; j++) of.plus[j] = -(dmin * (float)bytes[8 + j]);
+  return of;
 }
 
 template <class Sink> INLINE void q4_k(const uint8_t *b, Sink &sink) {
   /* d, dmin, 12 bytes of scales and minima, 128 of nibbles: (d s) q - dmin m, by sub-blocks of 32 */
-  const float d = half(b), dmin = half(b + 2);
-  for (int j = 0; j < 8; j++) {
-    const ScaleMin s = scale_min(b, j, d, dmin);
-    sink.pick(table(IOTA, s.scale, -s.minimum), field(load32(b + 16 + 32 * (j / 2)), 4 * (j % 2), 15));
-  }
+  const Affines of = affines(b);
+  for (int j = 0; j < 8; j++)
+    sink.pick(table(IOTA, of.scale[j], of.plus[j]), field(load32(b + 16 + 32 * (j / 2)), 4 * (j % 2), 15));
 }
 
 template <class Sink> INLINE void q5_k(const uint8_t *b, Sink &sink) { /* as Q4_K, with 32 bytes of fifth bits */
-  const float d = half(b), dmin = half(b + 2);
+  const Affines of = affines(b);
   const u8x32 fifths = load32(b + 16);
   for (int j = 0; j < 8; j++) {
-    const ScaleMin s = scale_min(b, j, d, dmin);
     const u8x32 codes = field(load32(b + 48 + 32 * (j / 2)), 4 * (j % 2), 15) | up(field(fifths, j, 1), 4);
-    affine(sink, codes, s.scale, s.scale, -s.minimum, -s.minimum);
+    affine(sink, codes, of.scale[j], of.scale[j], of.plus[j], of.plus[j]);
   }
 }
 

@@ -73,8 +73,9 @@ def test_nothing_is_saved_and_one_buffer_serves_all():
         y = layers[2](layers[0](x * 1))
         layers[1](y).sum().backward()
     assert not [tensor for tensor in saved if tensor.numel() > 1]
-    assert scratch(1, 1, torch.float32).untyped_storage().nbytes() >= 512 * 512 * 4
-    assert scratch(2, 3, torch.float32).data_ptr() == scratch(500, 7, torch.bfloat16).data_ptr()
+    cpu = torch.device("cpu")
+    assert scratch(1, 1, torch.float32, cpu).untyped_storage().nbytes() >= 512 * 512 * 4
+    assert scratch(2, 3, torch.float32, cpu).data_ptr() == scratch(500, 7, torch.bfloat16, cpu).data_ptr()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -144,8 +145,8 @@ def test_what_is_not_finite_is_refused(format_, bad):
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_the_stored_tensors_come_back(format_):
-    """`stored` is what the weight was made of."""
+    """`stored` is what the weight was made of, also after the model was cast to another dtype."""
     made = random_weight(format_, 6, 256, ordered=True)
-    back = PackedWeight(made).stored
+    back = PackedWeight(made).to(torch.bfloat16).stored
     assert torch.equal(ops.values(back), ops.values(made))
     assert (back.format, back.columns, back.offset) == (made.format, made.columns, made.offset)

@@ -21,6 +21,10 @@ class DenseWeight(FrozenWeight):
         self.source_format = source_format or self.format.upper()
         self.matrix = nn.Parameter(weight_OI, requires_grad=False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
     def rows(self, start: int, stop: int, out: Tensor) -> Tensor:
         return out.copy_(self.matrix[start:stop])
 

@@ -98,7 +98,7 @@ def _sample(tensor: FrozenWeight | Tensor) -> list[float]:
     """VALUES values at evenly spread places, from one row each of a matrix."""
     if isinstance(tensor, FrozenWeight):
         rows, columns = tensor.out_features, tensor.in_features
-        buffer = torch.empty(1, columns)
+        buffer = torch.empty(1, columns, device=tensor.device)
         places = [(i * rows // VALUES, (i * 7919) % columns) for i in range(VALUES)]
         found = [tensor.rows(row, row + 1, buffer)[0, column].item() for row, column in places]
     else:

@@ -22,6 +22,11 @@ FEW = 8  # tokens up to which multiplying in registers beats unpacking to memory
 class PackedWeight(FrozenWeight):
     """W (O, I) in the format of `stored`; its tensors become the module's, none of them trainable."""
 
+    data: Tensor
+    scales: Tensor | None
+    nested: Tensor | None
+    order: Tensor | None
+
     def __init__(self, stored: Stored, source_format: str | None = None) -> None:
         super().__init__()
         self.out_features = len(stored.data if stored.order is None else stored.order)
@@ -30,16 +35,26 @@ class PackedWeight(FrozenWeight):
         self.source_format = source_format or stored.format
         self.offset, self.first_row = stored.offset, stored.first_row
         self.data = nn.Parameter(stored.data, requires_grad=False)
+        self._scales_dtype = torch.uint8 if stored.scales is None else stored.scales.dtype
         for name in ("scales", "nested"):
             part = getattr(stored, name)
-            self.register_parameter(name, None if part is None else nn.Parameter(part, requires_grad=False))
+            self.register_parameter(name, None if part is None else nn.Parameter(_as_bytes(part), requires_grad=False))
         self.register_buffer("order", stored.order, persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
 
     @property
     def stored(self) -> Stored:
         """The tensors as the operators take them."""
-        parts = (self.data, self.scales, self.nested)
-        return Stored(self.format, self.in_features, *parts, self.offset, self.first_row, self.order)  # type: ignore[arg-type]
+        scales = None if self.scales is None else self.scales.view(self._scales_dtype)
+        if self.format == ops.INT8 and scales is not None:
+            scales = scales.view(-1)
+        nested = None if self.nested is None else self.nested.view(torch.float32).view(-1)
+        return Stored(
+            self.format, self.in_features, self.data, scales, nested, self.offset, self.first_row, self.order
+        )  # fmt: skip
 
     def part(self, start: int, stop: int) -> PackedWeight:
         """Rows start..stop as a weight of its own over the same memory: one expert of a 3-D tensor, one shard."""
@@ -62,8 +77,13 @@ class PackedWeight(FrozenWeight):
         return super().forward(x)
 
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(ids.numel(), self.in_features, dtype=dtype)
+        out = torch.empty(ids.numel(), self.in_features, dtype=dtype, device=self.device)
         return ops.unpack_rows(self.stored, ids.reshape(-1), out).view(*ids.shape, self.in_features)
+
+
+def _as_bytes(part: Tensor) -> Tensor:
+    """Scales as bytes, a row for each of theirs: casting a model to another dtype must not round them."""
+    return part if part.dtype == torch.uint8 else part.view(len(part), *part.shape[1:] or (1,)).view(torch.uint8)
 
 
 def quantise(matrix_OI: Tensor, format: str) -> PackedWeight | None:

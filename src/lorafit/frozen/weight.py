@@ -31,6 +31,11 @@ class FrozenWeight(nn.Module, ABC):
     format: str
     source_format: str
 
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+
     @abstractmethod
     def rows(self, start: int, stop: int, out: Tensor) -> Tensor:
         """Write rows start..stop into out (stop - start, I), fp32 or bf16; return out."""
@@ -41,7 +46,7 @@ class FrozenWeight(nn.Module, ABC):
 
     def block(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start..stop in dtype, to be read at once: a view of W, or the scratch buffer that is used again."""
-        return self.rows(start, stop, scratch(stop - start, self.in_features, dtype))
+        return self.rows(start, stop, scratch(stop - start, self.in_features, dtype, self.device))
 
     def blocks(self, weights: int | None = None) -> Iterator[tuple[int, int]]:
         """(start, stop) of all blocks of rows with at most this many weights each; BLOCK_WEIGHTS if not told."""
@@ -68,4 +73,5 @@ class FrozenWeight(nn.Module, ABC):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The whole matrix (O, I), unpacked; for export and tests, never in a step."""
-        return self.rows(0, self.out_features, torch.empty(self.out_features, self.in_features, dtype=dtype))
+        out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
+        return self.rows(0, self.out_features, out)

@@ -1,4 +1,4 @@
-"""The operators on stored weights, as torch sees them: `torch.ops.lorafit.*`, with fakes, on the CPU.
+"""The operators on stored weights, as torch sees them: `torch.ops.lorafit.*`, with fakes; here on the CPU.
 
 Autograd, planning under FakeTensor and compilation meet ordinary operators; inside, the native library works where it
 was built, and the plain twins where it was not. Both give the same bits, but for `matvec`, whose sums differ in order.
@@ -57,7 +57,7 @@ def unpack(stored: Stored, start: int, out: Tensor) -> Tensor:
 def values(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     """The whole weight (O, I), unpacked."""
     rows = len(stored.data if stored.order is None else stored.order)
-    return unpack(stored, 0, torch.empty(rows, stored.columns, dtype=dtype))
+    return unpack(stored, 0, torch.empty(rows, stored.columns, dtype=dtype, device=stored.data.device))
 
 
 def unpack_rows(stored: Stored, ids_N: Tensor, out: Tensor) -> Tensor:

@@ -57,14 +57,14 @@ def _chunk(hidden_CH: Tensor, targets_C: Tensor, head: Head, wanted: bool) -> tu
     logits_CV = hidden_CH.new_empty(len(hidden_CH), weight.out_features)
     for start, stop in blocks:
         torch.mm(hidden_CH, weight.block(start, stop, hidden_CH.dtype).T, out=logits_CV[:, start:stop])
-    losses_C = torch.empty(len(targets_C))
+    losses_C = hidden_CH.new_empty(len(targets_C), dtype=torch.float32)
     step = max(1, PIECE_ELEMENTS // weight.out_features)
     for start in range(0, len(targets_C), step):
         piece = slice(start, start + step)
         losses_C[piece] = _piece(logits_CV[piece], targets_C[piece], head, wanted)
     if not wanted:
         return losses_C, None
-    gradient_CH = torch.zeros(hidden_CH.shape)
+    gradient_CH = hidden_CH.new_zeros(hidden_CH.shape, dtype=torch.float32)
     for start, stop in blocks:
         gradient_CH += logits_CV[:, start:stop] @ weight.block(start, stop, hidden_CH.dtype)
     return losses_C, gradient_CH.to(hidden_CH.dtype)
@@ -82,7 +82,7 @@ def _piece(logits_PV: Tensor, targets_P: Tensor, head: Head, wanted: bool) -> Te
     if wanted:
         slope_PV = None if head.softcap is None else 1 - (z_PV / head.softcap) ** 2  # of the tanh
         grad_PV = z_PV.sub_(normalizer_P[:, None]).exp_()  # softmax
-        grad_PV[torch.arange(len(targets_P)), targets_P] -= 1
+        grad_PV[torch.arange(len(targets_P), device=targets_P.device), targets_P] -= 1
         if slope_PV is not None:
             grad_PV *= slope_PV
         if head.multiplier != 1.0:
