@@ -68,7 +68,7 @@ def test_a_file_with_a_comma_in_its_name_is_one_file(world, tmp_path):
         ({"data": []}, "lorafit.train: data is missing"),
         ({"model": None}, "lorafit.train: model: is None; give text"),
         ({"out": ""}, "lorafit.train: out is missing"),
-        ({"base": "nf4"}, "lorafit.train: base: is 'nf4'; give auto or bf16 or fp32"),
+        ({"base": "fp4"}, "lorafit.train: base: is 'fp4'; give auto or bf16 or fp32 or nf4 or int8 or packed"),
         ({"rank": 0}, "--rank: is 0"),
     ],
 )

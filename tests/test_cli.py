@@ -50,6 +50,13 @@ def test_train_has_an_option_for_every_setting_with_its_meaning_and_default():
             assert wanted in shown, name
 
 
+def test_eval_says_what_exact_match_does():
+    """The flag and its bound stand in the help, with the bound's default."""
+    shown = squeezed(run("eval", "--help").out)
+    assert squeezed("--exact-match Also answer every row") in shown
+    assert squeezed("Tokens per answer of --exact-match at most. [default: 256]") in shown
+
+
 def test_help_imports_nothing_heavy():
     """What makes --help quick: torch, transformers and numpy stay unloaded."""
     code = (
@@ -88,7 +95,7 @@ def wrong_inputs() -> list[tuple[str, str]]:
         ("--rank x", r"lorafit train: Invalid value for '--rank': 'x' .*; see lorafit train --help"),
         ("--lr x", r"lorafit train: Invalid value for '--lr': 'x' .*; see lorafit train --help"),
         ("--schedule zigzag", r"lorafit train: .*'zigzag' is not one of 'linear'.*; see lorafit train --help"),
-        ("--base nf4", r"lorafit train: .*'nf4' is not one of .*; see lorafit train --help"),
+        ("--base fp4", r"lorafit train: .*'fp4' is not one of .*; see lorafit train --help"),
         ("--rank 0", r"--rank: is 0; give a number from 1 to 4096"),
         ("--rank 0 --alpha -1", r"--alpha: is -1.0; give a number above 0"),
         ("--lr nan", r"--lr: is nan; .*"),

@@ -209,6 +209,46 @@ def test_one_row_has_no_interval(world, tmp_path):
     assert run("eval", world.model, one, "--adapter", world.out / "adapter", *FP32).code == 0
 
 
+def test_exact_match_counts_answers_that_are_the_rows_own(world, tmp_path):
+    """Rows that say what the base answers, but one: base 3 of 4; the adapter's count is that of its own answers."""
+    adapter = ("--adapter", world.out / "adapter")
+    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": f"Say {word}"} for word in ("a", "ships", "日本", "3")])
+    said = [json.loads(line) for line in run("generate", world.model, "--data", asked, *FEW).out.splitlines()]
+    adapted = [
+        json.loads(line) for line in run("generate", world.model, "--data", asked, *adapter, *FEW).out.splitlines()
+    ]
+    assert all(row["output"].strip() for row in said)
+    rows = [{"prompt": row["prompt"], "completion": f" {row['output']}\n"} for row in said]
+    rows[1]["completion"] += "more"
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    words = ("eval", world.model, data, *adapter, "--exact-match", *FEW)
+    base, other = run(*words, "--json").json
+    assert list(base) == list(other) == ["adapter", *FIGURES, "exact_match"]
+    assert base["exact_match"] == {"share": 0.75, "rows": 4, "matches": 3}
+    equal = sum(a["output"].strip() == row["completion"].strip() for a, row in zip(adapted, rows, strict=True))
+    assert equal < 3
+    assert other["exact_match"] == {"share": equal / 4, "rows": 4, "matches": equal}
+    table = run(*words).out.splitlines()
+    assert re.search(r"exact match$", table[0])
+    assert re.search(r"^\(base\) .* 75\.0%$", table[1])
+    assert re.search(rf" {equal / 4:.1%}$", table[2])
+
+
+def test_exact_match_asks_for_the_last_answer(world, tmp_path):
+    """All messages before the last assistant turn are the prompt, whatever follows it; text to forget is not asked."""
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    talk += [{"role": "user", "content": "Who counts?"}]
+    chat = write_rows(tmp_path / "chat.jsonl", [{"messages": talk}])
+    output = run("generate", world.model, "--data", chat, *FEW, "--json").json["output"]
+    answered = [*talk, {"role": "assistant", "content": output}]
+    rows = [{"messages": answered}, {"messages": [*answered, talk[0]]}, {"messages": talk}]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    forget = write_rows(tmp_path / "forget.jsonl", [{"text": "The ships leave."}])
+    [base] = run("eval", world.model, data, "--exact-match", "--forget-on", forget, "--json", *FEW).json
+    assert base["exact_match"] == {"share": 2 / 3, "rows": 3, "matches": 2}
+    assert list(base["forget"]) == FIGURES
+
+
 def test_eval_refuses_what_it_cannot_measure(world, tmp_path):
     """Another base's adapter, a damaged model, rows with nothing to measure: one line, no half table."""
     other = save_folder(tiny_model("llama", seed=1), tmp_path / "other")
@@ -217,7 +257,12 @@ def test_eval_refuses_what_it_cannot_measure(world, tmp_path):
         nan.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     save_folder(nan, tmp_path / "nan")
     adapter = ("--adapter", world.out / "adapter")
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "Once upon"}])
+    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "word " * 300, "completion": "a"}])
     for command, says in [
+        ((world.model, text, "--exact-match"), f"--exact-match: {text}:1 holds no assistant's words"),
+        ((world.model, long, "--exact-match", "--trained", "all"), f"{long}:1: has "),
+        ((world.model, world.test, "--max-tokens", 0), "Invalid value for '--max-tokens'"),
         ((other, world.test, *adapter), "does not belong to this base"),
         ((tmp_path / "nan", world.test), "gives loss nan"),
         ((world.model, world.test, "--adapter", tmp_path), "adapter_config.json: does not exist"),
@@ -300,6 +345,16 @@ def test_generate_answers_every_row_of_every_format(world, tmp_path):
     assert outputs == [plain_answer(model, tokenizer, user("Hi", system), 4) for system in ("Be brief.", "Own.")]
 
 
+def test_generate_answers_many_rows_in_their_order(world, tmp_path):
+    """70 questions of all lengths, more than are decoded at once: each has the answer that it has alone."""
+    rows = [{"prompt": "ship " * (n * 7 % 13), "number": n} for n in range(70)]
+    outcome = run("generate", world.model, "--data", write_rows(tmp_path / "many.jsonl", rows), *FEW)
+    model, tokenizer = lorafit.load(world.model, compute="fp32"), tiny_tokenizer()
+    plain = {row["prompt"]: plain_answer(model, tokenizer, user(row["prompt"]), 4) for row in rows}
+    found = [json.loads(line) for line in outcome.out.splitlines()]
+    assert found == [{**row, "output": plain[row["prompt"]]} for row in rows]
+
+
 def test_generate_draws_by_its_seed(world):
     """A temperature above 0 makes answers differ by --seed, and by nothing else."""
     words = ("generate", world.model, "--prompt", "Hi", "--max-tokens", 12, "--temperature", 1, *FP32)
@@ -367,7 +422,7 @@ def test_load_gives_a_module_with_its_tokenizer(world):
 def test_load_refuses_with_the_familys_errors(world, tmp_path):
     """Values outside the lists, no model, another base's adapter: LorafitError's family, one line."""
     for options, error, says in [
-        ({"base": "nf4"}, ConfigError, "lorafit.load: base: is 'nf4'; give auto or bf16 or fp32"),
+        ({"base": "nf5"}, ConfigError, "lorafit.load: base: is 'nf5'; give auto or bf16 or fp32"),
         ({"compute": "fp8"}, ConfigError, "lorafit.load: compute: is 'fp8'"),
         ({"model": tmp_path / "no.gguf"}, ModelError, "does not exist"),
         ({"adapter": tmp_path}, AdapterError, "adapter_config.json: does not exist"),

@@ -175,6 +175,13 @@ def preview(**options: Any) -> int:
 @click.argument("data", nargs=-1, required=True)
 @click.option("--adapter", "adapters", multiple=True, metavar="DIR", help="Adapter to compare with the base; several.")
 @click.option("--forget-on", metavar="FILE", help="Text that was not trained: has the adapter made it worse?")
+@click.option("--exact-match", is_flag=True, help="Also answer every row: how many answers are the row's own?")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=256,
+    help="Tokens per answer of --exact-match at most. [default: 256]",
+)
 @config_options("base", "compute", "threads", "max_length", "trained", "template", "skip_bad_rows")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list on standard output.")
 def evaluate(**options: Any) -> None:

@@ -22,20 +22,21 @@ from lorafit.data.tokens import TokenRow
 from lorafit.errors import ConfigError, DataError, Faults, ModelError, NonFiniteError
 from lorafit.evaluate.heldout import HeldOut, held_out
 from lorafit.evaluate.report import difference
+from lorafit.evaluate.tasks import matches, questions
 from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.inputs import NO_TEMPLATE, collect_rows, read_rows, read_template
-from lorafit.model.generate import generate
+from lorafit.model.generate import stream
 from lorafit.model.load import Base, context_of, load_base
 from lorafit.model.sources import open_source
 from lorafit.model.tokenizer import as_transformers
-from lorafit.settings import settle_for_machine
+from lorafit.settings import MICRO_BATCHES, settle_for_machine
 
 
 def open_base(config: TrainConfig) -> Base:
     """The frozen base model of `config.model`, ready for use; its settings may be "auto"."""
-    config = settle_for_machine(Resolved(config)).config
-    torch.set_num_threads(int(config.threads or 1))
     source = open_source(Path(config.model))
+    config = settle_for_machine(Resolved(config), source.quantised).config
+    torch.set_num_threads(int(config.threads or 1))
     return load_base(source, source.tokenizer(read_template(config.template)), config.base, config.compute)
 
 
@@ -101,8 +102,19 @@ def _preview_document(rows: Rows, problems: Sequence[Problem], count: int | None
     return {"rows": shown, "counts": rows.counts, "problems": [{"place": p, "what": w} for p, w in problems]}
 
 
-def evaluate(config: TrainConfig, *, adapters: Sequence[str], forget_on: str | None, as_json: bool) -> None:
-    """Held-out loss of the base and of each adapter, printed as a table or as JSON."""
+def evaluate(
+    config: TrainConfig,
+    *,
+    adapters: Sequence[str],
+    forget_on: str | None,
+    exact_match: bool,
+    max_tokens: int,
+    as_json: bool,
+) -> None:
+    """Held-out loss of the base and of each adapter, printed as a table or as JSON.
+
+    exact_match: also the share of rows of `config.data` that are answered, greedily and in max_tokens, as they say.
+    """
     loaded = open_base(config)
     _say_template(loaded.tokenizer)
     context = int(loaded.model.config.max_position_embeddings)
@@ -111,6 +123,8 @@ def evaluate(config: TrainConfig, *, adapters: Sequence[str], forget_on: str | N
     for name, found in rows.items():
         if not found:
             raise ConfigError(", ".join(sets[name]), "leaves no row with a trained token", "raise --max-length")
+    asked, answers = questions([row.record for row in rows[""]]) if exact_match else ([], [])
+    prompts = _encode_all(asked, None, loaded.tokenizer, context)
     results: list[dict[str, Any]] = []
     plain: dict[str, HeldOut] = {}
     for adapter in (None, *adapters):
@@ -119,18 +133,21 @@ def evaluate(config: TrainConfig, *, adapters: Sequence[str], forget_on: str | N
                 console.say(f"{adapter}: {note}")
         entry: dict[str, Any] = {"adapter": adapter}
         for name, found in rows.items():
-            measured = held_out(loaded.model, loaded.head, found, config.micro_batch_tokens)
+            measured = held_out(loaded.model, loaded.head, found, MICRO_BATCHES[0])
             if not math.isfinite(measured.loss):
                 what = f"gives loss {measured.loss}"
                 raise NonFiniteError(adapter or config.model, what, "its file is damaged, or try --compute fp32")
             figures = _figures(measured, plain.setdefault(name, measured), found)
             entry |= {name: figures} if name else figures
+        if exact_match:
+            entry["exact_match"] = matches(loaded.model, loaded.tokenizer, prompts, answers, max_tokens)
         detach(loaded.model)
         results.append(entry)
     if as_json:
         return console.result_json(results)
     header = ("adapter", "loss", "perplexity", "bits per byte", "difference, 95 % interval")
-    console.table("", header, [_table_row(entry, entry) for entry in results])
+    more = ("exact match",) if exact_match else ()
+    console.table("", header + more, [_table_row(entry, entry) for entry in results])
     if forget_on:
         rows_shown = [_table_row(entry, entry["forget"]) for entry in results]
         console.table(f"\non {forget_on}", header, rows_shown)
@@ -155,7 +172,8 @@ def _table_row(entry: dict[str, Any], figures: dict[str, Any]) -> tuple[str, ...
     if entry["adapter"]:
         told = f"{gap['mean']:+.4f}" + ("" if gap["low"] is None else f" ({gap['low']:+.4f} to {gap['high']:+.4f})")
     numbers = (f"{figures['loss']:.4f}", f"{figures['perplexity']:.3f}", f"{figures['bits_per_byte']:.4f}")
-    return (entry["adapter"] or "(base)", *numbers, told)
+    share = (f"{figures['exact_match']['share']:.1%}",) if "exact_match" in figures else ()
+    return (entry["adapter"] or "(base)", *numbers, told, *share)
 
 
 def answer(
@@ -186,15 +204,15 @@ def answer(
     prompts = _encode_all(records, system, loaded.tokenizer, context)
     for note in load_adapter(loaded.model, adapter) if adapter else []:
         console.say(note)
-    for record, ids in zip(records, prompts, strict=True):
-        output = generate(
-            loaded.model,
-            ids,
-            max_tokens=min(max_tokens, context - len(ids)),
-            end_ids=loaded.tokenizer.end_ids,
-            temperature=temperature,
-            seed=config.seed,
-        )
+    outputs = stream(
+        loaded.model,
+        prompts,
+        max_tokens=max_tokens,
+        end_ids=loaded.tokenizer.end_ids,
+        temperature=temperature,
+        seed=config.seed,
+    )
+    for record, output in zip(records, outputs, strict=True):
         text = loaded.tokenizer.decode(output, skip_special=True)
         if file or as_json:
             console.result_json({**record.fields, "output": text})

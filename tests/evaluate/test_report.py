@@ -10,11 +10,12 @@ from itertools import pairwise
 import pytest
 
 import lorafit
-from builders.commands import QUICK, World, write_rows
+from builders.commands import QUICK, World, run, write_rows
 from builders.rows import Row
-from lorafit.evaluate.report import _ticks, page, prompt_and_answer, verdict
+from lorafit.evaluate.report import SAMPLE_TOKENS, _ticks, page, prompt_and_answer, verdict
 from lorafit.training.metrics import read_metrics
 
+FP32 = ("--compute", "fp32", "--threads", 1)
 SCRIPT = "<script>alert('x')</script> & <b>"
 
 
@@ -71,6 +72,15 @@ def test_samples_stand_beside_the_right_answers(world):
         assert list(sample) == ["prompt", "expected", "base", "adapter"]
         assert f"{SCRIPT} {number}" in sample["prompt"]
         assert sample["expected"] == f"{SCRIPT} is {number}."
+
+
+def test_samples_are_answered_with_the_adapter_and_without(world):
+    """Base and adapter say in the report what `lorafit generate` prints of each."""
+    report = world.result.report
+    for name, words in (("base", ()), ("adapter", ("--adapter", world.out / "adapter"))):
+        outcome = run("generate", world.model, "--data", world.test, "--max-tokens", SAMPLE_TOKENS, *words, *FP32)
+        said = [json.loads(line)["output"].strip() for line in outcome.out.splitlines()]
+        assert [sample[name] for sample in report["samples"]] == said[: len(report["samples"])]
 
 
 class Page(HTMLParser):

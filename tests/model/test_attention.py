@@ -47,9 +47,23 @@ def test_without_documents_each_batch_row_is_causal():
         assert torch.allclose(got[row : row + 1], by_hand(*part, (0, 7), None), atol=1e-5)
 
 
-def test_one_query_sees_all_cached_keys():
-    """Decoding: the newest token attends to every key that the cache hands over."""
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_the_newest_query_sees_the_cached_keys_of_its_window(window):
+    """Decoding: the newest token attends to the keys of its window, whatever more the cache hands over."""
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 7, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
-    got, _ = document_attention(None, q[:, :, -1:], k, v, None, 1 / math.sqrt(8), 3)
-    assert torch.allclose(got[0, 0], by_hand(q, k, v, (0, 7), None)[0, -1], atol=1e-5)
+    got, _ = document_attention(None, q[:, :, -1:], k, v, None, 1 / math.sqrt(8), window)
+    assert torch.allclose(got[0, 0], by_hand(q, k, v, (0, 7), window)[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_the_newest_query_sees_no_column_that_its_row_has_not_filled(window):
+    """Rows that begin at different columns of the cache: each gets what it gets alone, whatever lies before it."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 7, 8), torch.randn(3, 2, 7, 8), torch.randn(3, 2, 7, 8)
+    starts = (0, 6, 4)
+    visible = torch.arange(7) >= torch.tensor(starts)[:, None]
+    got, _ = document_attention(None, q[:, :, -1:], k, v, None, 1 / math.sqrt(8), window, visible_BS=visible)
+    for row, start in enumerate(starts):
+        part = [t[row : row + 1, :, start:] for t in (q, k, v)]
+        assert torch.allclose(got[row, 0], by_hand(*part, (0, 7 - start), window)[0, -1], atol=1e-5)

@@ -20,7 +20,7 @@ from lorafit.model.generate import generate
 from lorafit.model.load import Base
 from lorafit.training.metrics import read_metrics
 
-SAMPLES, SAMPLE_TOKENS, SAMPLE_SECONDS = 4, 64, 60
+SAMPLES, SAMPLE_TOKENS = 4, 64
 
 
 def finish_report(
@@ -75,20 +75,19 @@ def difference(adapted: HeldOut, plain: HeldOut) -> dict[str, float | None]:
     return {"mean": mean, "low": low if bounded else None, "high": high if bounded else None}
 
 
-def _samples(base: Base, rows: Sequence[Any]) -> list[dict[str, str]]:
+def _samples(base: Base, rows: Sequence[Tokens]) -> list[dict[str, str]]:
     """Answers of base and adapter to the first held-out prompts, beside the right ones."""
-    shown, started = [], time.perf_counter()
-    for row in rows[:SAMPLES]:
-        prompt, answer = prompt_and_answer(row)
-        if not prompt or not answer or time.perf_counter() - started > SAMPLE_SECONDS:
-            break
-        sample = {"prompt": base.tokenizer.decode(prompt), "expected": base.tokenizer.decode(answer, True).strip()}
-        for name, enabled in (("base", False), ("adapter", True)):
-            enable_adapter(base.model, enabled)
-            ids = generate(base.model, prompt, max_tokens=SAMPLE_TOKENS, end_ids=base.tokenizer.end_ids)
-            sample[name] = base.tokenizer.decode(ids, True).strip()
-        shown.append(sample)
-    return shown
+    shown = [pair for pair in map(prompt_and_answer, rows[:SAMPLES]) if all(pair)]
+    prompts, expected = [prompt for prompt, _ in shown], [answer for _, answer in shown]
+    told = {"expected": expected}
+    for name, enabled in (("base", False), ("adapter", True)):
+        enable_adapter(base.model, enabled)
+        told[name] = generate(base.model, prompts, max_tokens=SAMPLE_TOKENS, end_ids=base.tokenizer.end_ids)
+    return [
+        {"prompt": base.tokenizer.decode(prompt)}
+        | {name: base.tokenizer.decode(ids[number], True).strip() for name, ids in told.items()}
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def prompt_and_answer(row: Tokens) -> tuple[list[int], list[int]]:
