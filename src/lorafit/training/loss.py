@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lorafit.model.head import Head
 
-CHUNK_BYTES = 1 << 27  # logits alive at once, in the compute dtype
+CHUNK_TOKENS = 512  # whose logits are alive at once: so many that unpacking the head is a few per cent of its product
+CHUNK_BYTES = 1 << 28  # that they may take, in the compute dtype
 PIECE_ELEMENTS = 1 << 20  # of them in fp32 at a time: 4 MB stay in the cache
 BLOCK_WEIGHTS = 1 << 23  # of the head unpacked at a time: 17 MB in bf16 stay in the cache
 
@@ -34,7 +35,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
         wanted = hidden_NH.requires_grad
-        size = max(1, CHUNK_BYTES // (head.weight.out_features * hidden_NH.element_size()))
+        size = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (head.weight.out_features * hidden_NH.element_size())))
         losses = hidden_NH.new_empty(len(targets_N), dtype=torch.float32)
         gradient_NH = torch.empty_like(hidden_NH) if wanted else None
         for start in range(0, len(targets_N), size):
