@@ -2,8 +2,9 @@
 
     python -m benchmarks.unpack [--formats Q4_K NF4] [--shapes 576x1536]
 
-A cell is best / median of repeated calls, ours into the same buffer. The paths and bitsandbytes take turns; the plain
-twins are slow and timed thrice, after them.
+A cell is best / median of repeated calls of the operator, ours into the same buffer. bitsandbytes comes after ours and
+not in turns with it: it brings a second OpenMP team, whose threads wait for work on the cores that the first one needs.
+The plain twins are slow and timed thrice.
 """
 
 from __future__ import annotations
@@ -82,9 +83,10 @@ def measure(format: str, rows: int, columns: int, dtype: str, repeats: int, peer
     """One line of the table."""
     weight, out = stored(format, rows, columns), torch.empty(rows, columns, dtype=DTYPES[dtype])
     works = {path: on_path(path, weight, out) for path in native.paths()}
+    often = max(repeats, SMALL_WORK // out.numel())
+    times = {name: alternate({name: work}, often, warm_up=2)[name] for name, work in works.items()}
     if format == NF4 and peer:
-        works["bitsandbytes"] = bitsandbytes_unpack(weight, out)
-    times = alternate(works, max(repeats, SMALL_WORK // out.numel()), warm_up=2)
+        times |= alternate({"bitsandbytes": bitsandbytes_unpack(weight, out)}, often, warm_up=2)
     times |= alternate({"plain torch": lambda number: twin(weight, out)}, 3)
     cells = []
     for name in columns_of(peer):

@@ -7,14 +7,18 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import lorafit
+from builders.gguf_files import write_tiny_gguf
 from builders.models import save_folder, tiny_model
 from builders.processes import assert_same_run, finish, kill_at_random, metrics, start, write_data
+from builders.tokenizers_tiny import tiny_gguf_metadata
 from lorafit.errors import ConfigError, Faults, LorafitError, NonFiniteError, ResumeError
 from lorafit.run import resume
 
@@ -224,3 +228,59 @@ def test_init_adapter_goes_on_from_an_adapter(options, finished, tmp_path):
     assert more.report["trainable_parameters"] == fresh.report["trainable_parameters"]
     first = [metrics(tmp_path / name)[0]["loss"] for name in ("fresh", "more")]
     assert first[1] < first[0] - 0.1
+
+
+@pytest.fixture(scope="module")
+def quantised(options, tmp_path_factory) -> dict[str, object]:
+    """The same run on a Q4_0 file, whose rows divide into NF4's blocks too."""
+    file = tmp_path_factory.mktemp("quantised") / "model.gguf"
+    model = tiny_model("llama", hidden_size=64, intermediate_size=128)
+    write_tiny_gguf(file, model, "llama", tiny_gguf_metadata(), "Q4_0")
+    return {**options, "model": str(file), "compute": "fp32", "max_steps": 6}
+
+
+def test_a_packed_base_trains_to_the_unpacked_ones_bytes(quantised, tmp_path, monkeypatch):
+    """From the file as it lies, from the file unpacked, and with plain torch kernels: the adapter's bytes and the
+    losses are the same."""
+    for name, base, kernels in (("packed", "auto", "1"), ("unpacked", "fp32", "1"), ("plain", "packed", "0")):
+        monkeypatch.setenv("LORAFIT_NATIVE", kernels)
+        words = {**quantised, "base": base, "out": str(tmp_path / name)}
+        code = f"import lorafit; lorafit.train(**{words!r})"
+        ran = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=True)
+        warned = "packed weights are unpacked by plain torch, which is slow (LORAFIT_NATIVE=0)" in ran.stderr
+        assert warned == (name == "plain")
+        adapter = [(tmp_path / n / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("packed", name)]
+        assert adapter[0] == adapter[1]
+        assert metrics(tmp_path / name) == metrics(tmp_path / "packed")
+    assert "base: packed  # auto: the model's file is quantised" in (tmp_path / "packed" / "run.yaml").read_text()
+
+
+@pytest.mark.parametrize("base", ["packed", "nf4", "int8"])
+def test_runs_on_few_bits_resume_to_the_same_bytes(base, quantised, tmp_path):
+    """Killed at random instants, as with a dense base."""
+    given = {**quantised, "base": base, "save_every": 1, "eval_every": 1}
+    finish({**given, "out": str(tmp_path / "whole")})
+    kills = kill_at_random({**given, "out": str(tmp_path / "killed")}, random.Random(5), longest=2.0, most=4)
+    assert kills
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_an_adapter_serves_on_every_storage_of_its_base(quantised, tmp_path, capsys):
+    """Trained on the packed file, it loads on the same file unpacked, in NF4 and in int8, with a note where values
+    are rounded anew, and is refused on another model."""
+    out = tmp_path / "out"
+    lorafit.train(**{**quantised, "out": str(out)})
+    for base, note in (
+        ("packed", ""),
+        ("fp32", ""),
+        ("nf4", "Q4_0 there, NF4 here"),
+        ("int8", "Q4_0 there, INT8 here"),
+    ):
+        capsys.readouterr()
+        lorafit.load(quantised["model"], adapter=out / "adapter", base=base, compute="fp32")
+        assert note in capsys.readouterr().err
+    other = tmp_path / "other.gguf"
+    model = tiny_model("llama", seed=1, hidden_size=64, intermediate_size=128)
+    write_tiny_gguf(other, model, "llama", tiny_gguf_metadata(), "Q4_0")
+    with pytest.raises(LorafitError, match="it was trained on other weights"):
+        lorafit.load(other, adapter=out / "adapter", compute="fp32")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -141,6 +144,20 @@ def test_what_is_not_finite_is_refused(format_, bad):
         matrix[5, 99] = bad
         with pytest.raises(ValueError, match="NaN or infinity"):
             quantise(matrix, format_)
+
+
+def test_a_copy_reads_its_own_memory(packed):
+    """Copied or pickled after it was used, a weight does not point to the first one's bytes; nor after it was moved."""
+    x, rows = torch.randn(1, COLUMNS), packed.dense()
+    copies = copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))
+    for one in copies:
+        one.data.zero_()
+    assert torch.equal(packed.dense(), rows)
+    assert not torch.equal(copies[0].dense(), rows)
+    assert torch.equal(copies[0](x), copies[1](x))
+    packed.data.data = torch.zeros_like(packed.data)
+    packed.to("cpu")
+    assert torch.equal(packed.dense(), copies[0].dense())
 
 
 @pytest.mark.parametrize("format_", FORMATS)

@@ -8,6 +8,7 @@ arXiv:2305.14314, for NF4 and double quantization, in 4.127 bits per weight; int
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class PackedWeight(FrozenWeight):
         self.format = stored.format
         self.source_format = source_format or stored.format
         self.offset, self.first_row = stored.offset, stored.first_row
+        self._stored: Stored | None = None
         self.data = nn.Parameter(stored.data, requires_grad=False)
         self._scales_dtype = torch.uint8 if stored.scales is None else stored.scales.dtype
         for name in ("scales", "nested"):
@@ -45,9 +47,21 @@ class PackedWeight(FrozenWeight):
     def device(self) -> torch.device:
         return self.data.device
 
+    def _apply(self, *arguments: Any, **named: Any) -> Any:
+        self._stored = None  # what moves a module's tensors comes through here
+        return super()._apply(*arguments, **named)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stored": None}  # a copy's tensors lie elsewhere
+
     @property
     def stored(self) -> Stored:
         """The tensors as the operators take them."""
+        if self._stored is None or self._stored.data is not self.data:
+            self._stored = self._view()
+        return self._stored
+
+    def _view(self) -> Stored:
         scales = None if self.scales is None else self.scales.view(self._scales_dtype)
         if self.format == ops.INT8 and scales is not None:
             scales = scales.view(-1)
