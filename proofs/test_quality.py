@@ -28,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 KEPT = ROOT / ".cache" / "proofs" / "quality"
 WIKISQL = ROOT / "examples" / "wikisql"
 BASES = ("bf16", "nf4", "packed")
-STEPS = {"smollm2": 150, "gemma3": 100}
+WIKITEXT = ROOT / "proofs" / "data" / "wikitext2.txt"
+STEPS = {"smollm2": 150, "gemma3": 150}
 WARNING = """The base weights are already quantised: SmolLM2's matrices are Q4_1, which 4-bit integers with a minimum
 and the packed base reproduce exactly and NF4 does not; Gemma's are Q5_0, Q4_K, Q6_K and Q8_0. What is shown is that
 training closes NF4's gap on these weights, not that 4 bits of a 16-bit model cost nothing."""
@@ -75,11 +76,12 @@ def test_training_closes_the_gap_of_four_bits(model):
 
 @pytest.mark.parametrize("model", STEPS)
 def test_double_quantization_costs_nothing_that_shows(model):
-    """Claim X6: the loss of the NF4 base with 8-bit scales and with fp32 scales differs by less than 0.005 nats."""
+    """Claim X6: on WikiText-2 the loss of NF4 with 8-bit scales is within 0.02 nats of that with fp32 scales, beyond
+    which the claim would be false; under 0.005 is expected, and what it comes to is printed."""
     file = fetch(model)
     base, source = open_base(TrainConfig(model=str(file), base="nf4")), open_source(file)
     context = int(base.model.config.max_position_embeddings)
-    rows = read_rows((str(WIKISQL / "test.jsonl"),), base.tokenizer, TrainConfig(), context)[0].rows
+    rows = read_rows((str(WIKITEXT),), base.tokenizer, TrainConfig(), context)[0].rows
     nested = held_out(base.model, base.head, rows, 2048).loss
     for path, layer in base.model.named_modules():
         if isinstance(layer, FrozenLinear) and layer.weight.format == "NF4":
@@ -88,5 +90,5 @@ def test_double_quantization_costs_nothing_that_shows(model):
             assert torch.equal(codes, stored.data)
             layer.weight = PackedWeight(replace(stored, scales=absmax, nested=None, offset=0.0))
     plain = held_out(base.model, base.head, rows, 2048).loss
-    print(f"\n{model}: NF4 with 8-bit scales {nested:.5f}, with fp32 scales {plain:.5f} nats per trained token")
-    assert abs(nested - plain) < 0.005
+    print(f"\n{model}: NF4 with 8-bit scales {nested:.5f}, with fp32 scales {plain:.5f} nats per token")
+    assert abs(nested - plain) < 0.02

@@ -257,12 +257,17 @@ def test_a_packed_base_trains_to_the_unpacked_ones_bytes(quantised, tmp_path, mo
 
 @pytest.mark.parametrize("base", ["packed", "nf4", "int8"])
 def test_runs_on_few_bits_resume_to_the_same_bytes(base, quantised, tmp_path):
-    """Killed at random instants, as with a dense base."""
+    """Killed at random instants, as with a dense base. The report counts weights, not bytes, and says how they are."""
     given = {**quantised, "base": base, "save_every": 1, "eval_every": 1}
     finish({**given, "out": str(tmp_path / "whole")})
     kills = kill_at_random({**given, "out": str(tmp_path / "killed")}, random.Random(5), longest=2.0, most=4)
     assert kills
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    report = json.loads((tmp_path / "whole" / "report.json").read_text())
+    plain = sum(p.numel() for p in tiny_model("llama", hidden_size=64, intermediate_size=128).parameters())
+    assert report["total_parameters"] == plain + report["trainable_parameters"]
+    assert {"packed": "Q4_0", "nf4": "NF4", "int8": "INT8"}[base] in report["base"]["bytes_by_format"]
+    assert report["base"]["kept_in_16_bits"] == []
 
 
 def test_an_adapter_serves_on_every_storage_of_its_base(quantised, tmp_path, capsys):

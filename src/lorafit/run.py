@@ -7,7 +7,6 @@ import shutil
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.frozen.fingerprint import digest, fingerprint
 from lorafit.inputs import read_rows, read_template
 from lorafit.kernels import native
-from lorafit.model.load import Base, context_of, frozen_weights, load_base
+from lorafit.model.load import Base, bytes_by_format, context_of, load_base
 from lorafit.model.sources import open_source
 from lorafit.settings import settle_for_data, settle_for_machine
 from lorafit.training.checkpoint import Checkpoints, Progress, single_writer
@@ -296,7 +295,8 @@ def _describe(job: Job) -> None:
     console.say(f"steps     {job.plan.steps} of {config.batch_size} rows")
     for name in ("lr", "base", "compute"):
         console.say(f"{name:<9} {getattr(config, name)}  ({job.resolved.origin.get(name, 'default')})")
-    console.say(f"weights   {_weights(job.base)}; kernels {native.describe()[0]}")
+    sizes = [f"{name} {console.gigabytes(size)}" for name, size in bytes_by_format(job.base.model).items()]
+    console.say(f"weights   {', '.join(sizes)}; kernels {native.describe()[0]}")
     if job.base.kept:
         first = ", ".join(job.base.kept[:3]) + (", ..." if len(job.base.kept) > 3 else "")
         console.warn(f"{len(job.base.kept)} layers stay in 16 bits, their rows are no whole blocks: {first}")
@@ -306,14 +306,6 @@ def _describe(job: Job) -> None:
         console.warn(f"and {len(job.data.problems) - 8} more; `lorafit preview` lists them all")
     if not job.base.tokenizer.has_template:
         console.warn("the model has no chat template: rows use the plain one of the documentation")
-
-
-def _weights(base: Base) -> str:
-    """The frozen matrices' bytes by format."""
-    sizes: Counter[str] = Counter()
-    for weight in frozen_weights(base.model).values():
-        sizes[weight.format] += weight.nbytes
-    return ", ".join(f"{name} {console.gigabytes(size)}" for name, size in sizes.most_common())
 
 
 def _farewell(out: Path, report: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from lorafit.data.rows import Rows
 from lorafit.evaluate.heldout import HeldOut, held_out, paired_difference
 from lorafit.formats.folders import write_text_atomically
 from lorafit.model.generate import generate
-from lorafit.model.load import Base
+from lorafit.model.load import Base, bytes_by_format, frozen_parameters
 from lorafit.training.metrics import read_metrics
 
 SAMPLES, SAMPLE_TOKENS = 4, 64
@@ -32,7 +32,6 @@ def finish_report(
     training_seconds = sum(line["seconds"] for line in steps) + save_seconds
     tokens = sum(line["tokens"] for line in steps)
     trainable = sum(p.numel() for _, layer in adapted_layers(base.model) for p in layer.adapter.parameters())
-    frozen = {id(p): p.numel() for p in base.model.parameters() if not p.requires_grad}
     report: dict[str, Any] = {
         **_compare(base, evaluation, budget),
         "tokens": tokens,
@@ -41,7 +40,8 @@ def finish_report(
         "training_seconds": round(training_seconds, 3),
         "tokens_per_second": round(tokens / training_seconds, 1) if steps else None,
         "trainable_parameters": trainable,
-        "total_parameters": sum(frozen.values()) + trainable,
+        "total_parameters": frozen_parameters(base.model) + trainable,
+        "base": {"bytes_by_format": bytes_by_format(base.model), "kept_in_16_bits": list(base.kept)},
         "adapter_bytes": (out / "adapter" / "adapter_model.safetensors").stat().st_size,
         "data": {**data.counts, "held_out": len(evaluation)},
         "predicted": {"memory_bytes": None, "seconds": None},

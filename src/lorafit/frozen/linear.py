@@ -33,7 +33,7 @@ class FrozenLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _FrozenProduct.apply(x, self.weight)
+        y = _FrozenProduct.apply(x, self.weight) if torch.is_grad_enabled() else self.weight(x)
         return y if self.bias is None else y + self.bias
 
 

@@ -7,6 +7,7 @@ be exactly the set that the model has: missing, unexpected and mis-shaped ones a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,22 @@ def head_of(model: PreTrainedModel) -> Head:
 def frozen_weights(model: nn.Module) -> dict[str, FrozenWeight]:
     """Every frozen matrix by its path, a tied one once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FrozenWeight)}
+
+
+def bytes_by_format(model: nn.Module) -> dict[str, int]:
+    """Bytes of the frozen matrices by how they are stored, the largest first."""
+    sizes: Counter[str] = Counter()
+    for weight in frozen_weights(model).values():
+        sizes[weight.format] += weight.nbytes
+    return dict(sizes.most_common())
+
+
+def frozen_parameters(model: nn.Module) -> int:
+    """Numbers that the base has, however they are stored; a tied matrix once, adapters not."""
+    weights = frozen_weights(model).values()
+    inside = {id(parameter) for weight in weights for parameter in weight.parameters()}
+    others = [p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in inside]
+    return sum(weight.out_features * weight.in_features for weight in weights) + sum(others)
 
 
 def _weight(source: WeightSource, name: str, base: str, compute: torch.dtype) -> FrozenWeight:
