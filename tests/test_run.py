@@ -17,7 +17,7 @@ import pytest
 import lorafit
 from builders.gguf_files import write_tiny_gguf
 from builders.models import save_folder, tiny_model
-from builders.processes import assert_same_run, finish, kill_at_random, metrics, start, write_data
+from builders.processes import assert_same_run, finish, kill_at_random, metrics, seconds_of, start, write_data
 from builders.tokenizers_tiny import tiny_gguf_metadata
 from lorafit.errors import ConfigError, Faults, LorafitError, NonFiniteError, ResumeError
 from lorafit.run import resume
@@ -259,8 +259,8 @@ def test_a_packed_base_trains_to_the_unpacked_ones_bytes(quantised, tmp_path, mo
 def test_runs_on_few_bits_resume_to_the_same_bytes(base, quantised, tmp_path):
     """Killed at random instants, as with a dense base. The report counts weights, not bytes, and says how they are."""
     given = {**quantised, "base": base, "save_every": 1, "eval_every": 1}
-    finish({**given, "out": str(tmp_path / "whole")})
-    kills = kill_at_random({**given, "out": str(tmp_path / "killed")}, random.Random(5), longest=2.0, most=4)
+    long = seconds_of({**given, "out": str(tmp_path / "whole")})
+    kills = kill_at_random({**given, "out": str(tmp_path / "killed")}, random.Random(5), longest=long / 2, most=4)
     assert kills
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     report = json.loads((tmp_path / "whole" / "report.json").read_text())

@@ -117,12 +117,12 @@ def _first_symbol_is_torchs() -> bool:
 
 
 def _file() -> Path | None:
-    """Beside this module, or, in an editable install, where the wheel's files are."""
-    beside = Path(__file__).with_name(FILE)
-    if beside.is_file():
-        return beside
+    """In the package, or, in an editable install, where the wheel's files are."""
+    inside = Path(__file__).parents[1] / "lib" / FILE
+    if inside.is_file():
+        return inside
     try:
-        installed = Path(str(importlib.metadata.distribution("lorafit").locate_file(f"lorafit/kernels/{FILE}")))
+        installed = Path(str(importlib.metadata.distribution("lorafit").locate_file(f"lorafit/lib/{FILE}")))
     except importlib.metadata.PackageNotFoundError:
         return None
     return installed if installed.is_file() else None
