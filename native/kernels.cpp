@@ -1,5 +1,8 @@
 /* One processor path: compiled once for each instruction set, with PATH naming it. */
-#if defined(PATH_AVX512)
+#if defined(PATH_AVX512_BF16)
+#include "simd_avx512.h"
+#define PATH avx512_bf16
+#elif defined(PATH_AVX512)
 #include "simd_avx512.h"
 #define PATH avx512
 #elif defined(PATH_AVX2)
@@ -13,7 +16,11 @@
 #define PATH portable
 #endif
 #include "formats.h"
+#include "path.h"
 #include <math.h>
+
+#include "attention.h"
+#include "elementwise.h"
 
 namespace {
 
@@ -187,6 +194,19 @@ namespace lorafit {
 #define STRING(name) STRING_OF(name)
 #define JOIN_OF(a, b) a##b
 #define JOIN(a, b) JOIN_OF(a, b)
-extern const Path JOIN(PATH, _path) = {STRING(PATH), unpack_f32,    unpack_bf16,   dot<1>,
-                                       dot<4>,       quantise_nf4, quantise_int8, row_is_finite};
+template <class X> constexpr Rows<X> rows = {norm_row<X>,
+                                             norm_row_backward<X>,
+                                             head_row<X>,
+                                             head_row_backward<X>,
+                                             {gate_row<Silu, X>, gate_row<Gelu, X>},
+                                             {gate_row_backward<Silu, X>, gate_row_backward<Gelu, X>},
+                                             entropy_row<X>,
+                                             attend<X>,
+                                             attend_backward<X>,
+                                             add_partial<X>,
+                                             attention_room<X>};
+
+extern const Path JOIN(PATH, _path) = {
+    STRING(PATH),  unpack_f32,    unpack_bf16,   dot<1>,      dot<4>,
+    quantise_nf4, quantise_int8, row_is_finite, rows<float>, rows<uint16_t>};
 } // namespace lorafit

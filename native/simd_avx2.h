@@ -22,6 +22,25 @@ INLINE float sum(Floats a) {
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 INLINE void store(float *to, Floats value) { _mm256_storeu_ps(to, value); }
+INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+INLINE Floats div(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+/* The second where either is NaN. */
+INLINE Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+INLINE Floats minimum(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+/* a where low <= at < high, else b. */
+INLINE Floats between(Floats at, float low, float high, Floats a, Floats b) {
+  const __m256 above = _mm256_cmp_ps(at, splat(low), _CMP_GE_OQ), below = _mm256_cmp_ps(at, splat(high), _CMP_LT_OQ);
+  return _mm256_blendv_ps(b, a, _mm256_and_ps(above, below));
+}
+INLINE bool differ(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ)) != 0; }
+INLINE Floats nearest(Floats value) { return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Floats reciprocal(Floats value) { return div(splat(1), value); }
+/* value * 2^n for a whole n from -127, where it is 0, to 127. */
+constexpr float LOWEST_POWER = -88;
+INLINE Floats times_power(Floats value, Floats n) {
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return mul(value, _mm256_castsi256_ps(power));
+}
 
 template <int PART> INLINE __m128i eight(__m256i bytes) {
   const __m128i sixteen = _mm256_extracti128_si256(bytes, PART / 2);
@@ -48,6 +67,32 @@ INLINE void store_bf16(uint16_t *to, const Floats (&parts)[PARTS]) {
   _mm256_storeu_si256((__m256i *)to, packed(parts[0], parts[1]));
   _mm256_storeu_si256((__m256i *)(to + 16), packed(parts[2], parts[3]));
 }
+INLINE void store_bf16(uint16_t *to, Floats value) {
+  _mm_storeu_si128((__m128i *)to, _mm256_castsi256_si128(packed(value, value)));
+}
+
+/* to (8, 8) = from^T, of 32-bit words, rows so many words apart. */
+constexpr int SQUARE = 8;
+INLINE void transpose_square(const uint32_t *from, int64_t from_apart, uint32_t *to, int64_t to_apart) {
+  __m256 rows[8], half[8];
+  for (int i = 0; i < 8; i++) rows[i] = _mm256_loadu_ps((const float *)(from + i * from_apart));
+  for (int i = 0; i < 8; i += 2) {
+    half[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    half[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; j++) { /* rows[i + k]: of rows i to i + 3, columns k and k + 4 */
+      rows[i + 2 * j] = _mm256_shuffle_ps(half[i + j], half[i + j + 2], 0x44);
+      rows[i + 2 * j + 1] = _mm256_shuffle_ps(half[i + j], half[i + j + 2], 0xEE);
+    }
+  for (int k = 0; k < 4; k++) {
+    _mm256_storeu_ps((float *)(to + k * to_apart), _mm256_permute2f128_ps(rows[k], rows[4 + k], 0x20));
+    _mm256_storeu_ps((float *)(to + (k + 4) * to_apart), _mm256_permute2f128_ps(rows[k], rows[4 + k], 0x31));
+  }
+}
+
+/* Registers of a product's tile: rows by columns of Floats. */
+constexpr int TILE_ROWS = 6, TILE_COLUMNS = 2;
 
 /* A table of 16 floats, picked from by codes 0 to 15. */
 struct Table {

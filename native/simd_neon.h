@@ -19,6 +19,22 @@ INLINE Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 INLINE float sum(Floats a) { return vaddvq_f32(a); }
 INLINE void store(float *to, Floats value) { vst1q_f32(to, value); }
+INLINE Floats sub(Floats a, Floats b) { return vsubq_f32(a, b); }
+INLINE Floats div(Floats a, Floats b) { return vdivq_f32(a, b); }
+INLINE Floats maximum(Floats a, Floats b) { return vmaxq_f32(a, b); } /* NaN where either is NaN */
+INLINE Floats minimum(Floats a, Floats b) { return vminq_f32(a, b); }
+/* a where low <= at < high, else b. */
+INLINE Floats between(Floats at, float low, float high, Floats a, Floats b) {
+  return vbslq_f32(vandq_u32(vcgeq_f32(at, splat(low)), vcltq_f32(at, splat(high))), a, b);
+}
+INLINE bool differ(Floats a, Floats b) { return vminvq_u32(vceqq_f32(a, b)) == 0; }
+INLINE Floats nearest(Floats value) { return vrndnq_f32(value); }
+INLINE Floats reciprocal(Floats value) { return div(splat(1), value); }
+/* value * 2^n for a whole n from -127, where it is 0, to 127. */
+constexpr float LOWEST_POWER = -88;
+INLINE Floats times_power(Floats value, Floats n) {
+  return mul(value, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23)));
+}
 
 template <int PART> INLINE Floats convert(i8x32 codes) {
   int8_t four[8] = {};
@@ -38,6 +54,17 @@ INLINE uint16x4_t rounded(Floats value) {
 INLINE void store_bf16(uint16_t *to, const Floats (&parts)[PARTS]) {
   for (int part = 0; part < PARTS; part++) vst1_u16(to + WIDTH * part, rounded(parts[part]));
 }
+INLINE void store_bf16(uint16_t *to, Floats value) { vst1_u16(to, rounded(value)); }
+
+/* to (4, 4) = from^T, of 32-bit words, rows so many words apart. */
+constexpr int SQUARE = 4;
+INLINE void transpose_square(const uint32_t *from, int64_t from_apart, uint32_t *to, int64_t to_apart) {
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 4; j++) to[j * to_apart + i] = from[i * from_apart + j];
+}
+
+/* Registers of a product's tile: rows by columns of Floats. */
+constexpr int TILE_ROWS = 6, TILE_COLUMNS = 4;
 
 /* A table of 16 floats, picked from by codes 0 to 15. */
 struct Table {

@@ -27,6 +27,27 @@ INLINE float sum(const Floats &a) {
   return total;
 }
 INLINE void store(float *to, const Floats &value) { memcpy(to, value.v, sizeof value.v); }
+INLINE Floats sub(const Floats &a, const Floats &b) { EACH(a.v[i] - b.v[i]) }
+INLINE Floats div(const Floats &a, const Floats &b) { EACH(a.v[i] / b.v[i]) }
+/* The second where either is NaN. */
+INLINE Floats maximum(const Floats &a, const Floats &b) { EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
+INLINE Floats minimum(const Floats &a, const Floats &b) { EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]) }
+/* a where low <= at < high, else b. */
+INLINE Floats between(const Floats &at, float low, float high, const Floats &a, const Floats &b) {
+  EACH(at.v[i] >= low && at.v[i] < high ? a.v[i] : b.v[i])
+}
+INLINE bool differ(const Floats &a, const Floats &b) {
+  bool found = false;
+  for (int i = 0; i < 32; i++) found |= a.v[i] != b.v[i];
+  return found;
+}
+INLINE Floats nearest(const Floats &value) { EACH((value.v[i] + 12582912.0f) - 12582912.0f) } /* 1.5 * 2^23 */
+INLINE Floats reciprocal(const Floats &value) { EACH(1.0f / value.v[i]) }
+/* value * 2^n for a whole n from -127, where it is 0, to 127; NaN's n is any number. */
+constexpr float LOWEST_POWER = -88;
+INLINE Floats times_power(const Floats &value, const Floats &n) {
+  EACH(value.v[i] * bits_to_float((uint32_t)((n.v[i] == n.v[i] ? (int32_t)n.v[i] : 0) + 127) << 23))
+}
 
 template <int PART> INLINE Floats convert(i8x32 codes) {
   int8_t of[32];
@@ -39,6 +60,19 @@ INLINE Floats load_bf16(const uint8_t *from) { EACH(bits_to_float((uint32_t)read
 INLINE void store_bf16(uint16_t *to, const Floats (&parts)[PARTS]) {
   for (int i = 0; i < 32; i++) to[i] = to_bf16(parts[0].v[i]);
 }
+INLINE void store_bf16(uint16_t *to, const Floats &value) {
+  for (int i = 0; i < 32; i++) to[i] = to_bf16(value.v[i]);
+}
+
+/* to (4, 4) = from^T, of 32-bit words, rows so many words apart. */
+constexpr int SQUARE = 4;
+INLINE void transpose_square(const uint32_t *from, int64_t from_apart, uint32_t *to, int64_t to_apart) {
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 4; j++) to[j * to_apart + i] = from[i * from_apart + j];
+}
+
+/* Registers of a product's tile: rows by columns of Floats. */
+constexpr int TILE_ROWS = 1, TILE_COLUMNS = 1;
 
 /* A table of 16 floats, picked from by codes 0 to 15. */
 struct Table {

@@ -20,11 +20,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test loads the library anew, with nothing asked for; what was in use before is in use after."""
     before = native.describe()[0]
     monkeypatch.delenv(native.VARIABLE, raising=False)
-    native.library.cache_clear()
+    native._library.cache_clear()
     native.use(native.paths()[0])
     yield
     monkeypatch.undo()
-    native.library.cache_clear()
+    native._library.cache_clear()
     if before != "plain torch":
         native.use(before)
 
@@ -32,7 +32,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_best_path_is_taken() -> None:
     """`make test` builds the library; paths come best first, the portable one last, and the first is in use."""
     paths = native.paths()
-    assert paths == [path for path in ("avx512", "avx2", "neon", "portable") if path in paths]
+    assert paths == [path for path in ("avx512_bf16", "avx512", "avx2", "neon", "portable") if path in paths]
     assert paths[-1] == "portable"
     assert native.describe() == (paths[0], f"the best of {', '.join(paths)} that this processor has")
 
@@ -40,7 +40,8 @@ def test_the_best_path_is_taken() -> None:
 def test_paths_are_what_the_processor_has() -> None:
     """A path is there if and only if Linux names its instructions among the processor's."""
     flags = set(Path("/proc/cpuinfo").read_text().split())
-    needs = {"avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx2": {"avx2", "fma", "f16c"}}
+    avx512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    needs = {"avx512_bf16": {*avx512, "avx512_bf16"}, "avx512": avx512, "avx2": {"avx2", "fma", "f16c"}}
     needs |= {"neon": {"asimd"}, "portable": set()}
     assert set(native.paths()) == {path for path, needed in needs.items() if needed <= flags}
 
@@ -50,14 +51,14 @@ def test_a_path_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for asked, got in [*((path, path) for path in native.paths()), ("1", native.paths()[0])]:
         native.use(native.paths()[0])
         monkeypatch.setenv(native.VARIABLE, asked)
-        native.library.cache_clear()
+        native._library.cache_clear()
         assert native.describe() == (got, f"LORAFIT_NATIVE={asked}")
 
 
 def test_plain_torch_is_asked_for_by_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """LORAFIT_NATIVE=0 leaves the library out."""
     monkeypatch.setenv(native.VARIABLE, "0")
-    native.library.cache_clear()
+    native._library.cache_clear()
     assert native.library() is None
     assert native.paths() == []
     assert native.describe() == ("plain torch", "LORAFIT_NATIVE=0")
@@ -67,7 +68,7 @@ def test_a_wrong_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another name is an error of one line, each time, that gives the names there are."""
     names = ",".join(native.paths())
     monkeypatch.setenv(native.VARIABLE, "sse9")
-    native.library.cache_clear()
+    native._library.cache_clear()
     for _ in range(2):
         with pytest.raises(ConfigError) as raised:
             native.library()
@@ -80,7 +81,7 @@ def test_a_wrong_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_library_plain_torch_works(monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed without a compiler there is no file: plain torch, and what to do about it."""
     monkeypatch.setattr(native, "_file", lambda: None)
-    native.library.cache_clear()
+    native._library.cache_clear()
     assert native.library() is None
     assert native.paths() == []
     kernels, why = native.describe()

@@ -33,13 +33,13 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     before = native.describe()[0]
     if request.param == PLAIN:
         monkeypatch.setenv(native.VARIABLE, "0")
-        native.library.cache_clear()
+        native._library.cache_clear()
     else:
         native.use(request.param)
     assert native.describe()[0] == request.param
     yield request.param
     monkeypatch.undo()
-    native.library.cache_clear()
+    native._library.cache_clear()
     if before != PLAIN:
         native.use(before)
 

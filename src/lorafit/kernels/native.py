@@ -39,25 +39,83 @@ class Weight(ctypes.Structure):
 
 
 _POINTER, _COUNT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_WEIGHT = ctypes.POINTER(Weight)
+_FLOAT, _WEIGHT = ctypes.c_float, ctypes.POINTER(Weight)
+
+
+class Attention(ctypes.Structure):
+    """`lorafit_attention` of native/lorafit.h."""
+
+    _fields_ = (
+        ("type", _INT),
+        ("threads", _INT),
+        *((name, _COUNT) for name in ("tokens", "documents", "heads", "key_heads", "dim", "window")),
+        ("bounds", _POINTER),
+        ("scale", _FLOAT),
+        ("softcap", _FLOAT),
+        *((name, _POINTER) for name in ("sinks", "q", "k", "v")),
+        *((name, _COUNT) for name in ("q_apart", "k_apart", "v_apart")),
+        ("out", _POINTER),
+        ("out_apart", _COUNT),
+        ("lse", _POINTER),
+        ("grad_out", _POINTER),
+        ("grad_out_apart", _COUNT),
+        *((name, _POINTER) for name in ("dq", "dk", "dv")),
+        *((name, _COUNT) for name in ("dq_apart", "dk_apart", "dv_apart")),
+        ("partial", _POINTER),
+        ("memory", _POINTER),
+        ("room", _COUNT),
+    )
+
+
+_ATTENTION = ctypes.POINTER(Attention)
 _FUNCTIONS = {
     "lorafit_unpack": (_INT, (_WEIGHT, _POINTER, _COUNT, _COUNT, _POINTER, _INT, _INT)),
     "lorafit_matvec": (_INT, (_WEIGHT, _POINTER, _COUNT, _POINTER, _COUNT, _POINTER, _INT, _INT)),
     "lorafit_first_bad_row": (_COUNT, (_WEIGHT, _INT)),
     "lorafit_quantise_nf4": (_INT, (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _INT)),
     "lorafit_quantise_int8": (_INT, (_POINTER, _COUNT, _COUNT, _POINTER, _POINTER, _INT)),
+    "lorafit_norm": (
+        _INT,
+        (_INT, _POINTER, _POINTER, _FLOAT, _POINTER, _FLOAT, _COUNT, _COUNT, _POINTER, _POINTER, _POINTER, _INT),
+    ),
+    "lorafit_norm_backward": (
+        _INT,
+        (_INT, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _POINTER, _INT),
+    ),
+    "lorafit_heads": (
+        _INT,
+        (_INT, _POINTER, _COUNT, _POINTER, _FLOAT, _POINTER, _POINTER, *[_COUNT] * 3, _POINTER, _COUNT, _INT),
+    ),
+    "lorafit_heads_backward": (
+        _INT,
+        (_INT, _POINTER, _COUNT, _POINTER, _COUNT, _POINTER, _FLOAT, _POINTER, _POINTER, *[_COUNT] * 3, _INT),
+    ),
+    "lorafit_gate": (_INT, (_INT, _INT, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _INT)),
+    "lorafit_gate_backward": (_INT, (_INT, _INT, _POINTER, _POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _INT)),
+    "lorafit_entropy": (_INT, (_INT, _POINTER, _POINTER, _COUNT, _COUNT, _FLOAT, _FLOAT, _INT, _POINTER, _INT)),
+    "lorafit_attention_room": (_COUNT, (_ATTENTION, _INT)),
+    "lorafit_attend": (_INT, (_ATTENTION,)),
+    "lorafit_attend_backward": (_INT, (_ATTENTION,)),
     "lorafit_paths": (ctypes.c_char_p, ()),
     "lorafit_path": (ctypes.c_char_p, ()),
     "lorafit_use": (_INT, (ctypes.c_char_p,)),
 }
 
 
-@cache
+PLAIN = "plain"  # the name of the twins, where a path's name is asked for
+_chosen: dict[str, bool] = {}  # {"plain": True} once `use` has asked for the twins
+
+
 def library() -> ctypes.CDLL | None:
     """The library with its processor path chosen; None where the plain twins do the work.
 
     Raises ConfigError when LORAFIT_NATIVE names a path that this machine does not have.
     """
+    return None if _chosen.get(PLAIN) else _library()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
     wanted = os.environ.get(VARIABLE, "")
     file = _file()
     if wanted == "0" or file is None:
@@ -74,15 +132,23 @@ def library() -> ctypes.CDLL | None:
 
 def paths() -> list[str]:
     """Names of the processor paths that the library holds and this processor runs, best first; [] without it."""
-    found = library()
+    found = _library()
     return found.lorafit_paths().decode().split(",") if found else []
 
 
-def use(path: str) -> None:
-    """Take this processor path, a name of `paths`, from now on."""
+def path() -> str:
+    """The name of the kernels in use: one of `paths`, or `plain`."""
     found = library()
-    assert found is not None, "there is no native library"
-    assert found.lorafit_use(path.encode()) == 0, f"no path {path}"
+    return PLAIN if found is None else found.lorafit_path().decode()
+
+
+def use(path: str) -> None:
+    """Take this processor path, or `plain`, from now on. Raises ConfigError when this machine does not have it."""
+    found = _library()
+    if path != PLAIN and (found is None or found.lorafit_use(path.encode())):
+        there = ", ".join([*paths(), PLAIN])
+        raise ConfigError("--kernels", f"{path}, and this machine has {there}", "go on where the run was begun")
+    _chosen[PLAIN] = path == PLAIN
 
 
 def describe() -> tuple[str, str]:

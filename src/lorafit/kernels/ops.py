@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lorafit.kernels import BLOCK_TYPES, cuda, native
 from lorafit.kernels import nf4 as twins
+from lorafit.kernels.registry import LIBRARY, TYPES, address, is_plain
 from lorafit.kernels.unpack import unpack as unpack_blocks
 
 NF4, INT8 = "NF4", "INT8"
 CODES = {**{name: block.code for name, block in BLOCK_TYPES.items()}, NF4: 1000, INT8: 1001}
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 PIECE = 1 << 20  # weights that the plain twins unpack at a time
 
 
@@ -52,7 +52,7 @@ class Stored:
             assert part is None or part.is_contiguous(), "stored tensors must be contiguous"
         return native.Weight(
             CODES[self.format], self.nested is not None, len(self.data), self.columns, self.data.shape[1],
-            self.data.data_ptr(), _address(self.scales), _address(self.nested), twins.DYNAMIC_CODE.data_ptr(),
+            self.data.data_ptr(), address(self.scales), address(self.nested), twins.DYNAMIC_CODE.data_ptr(),
             self.offset, self.first_row,
         )  # fmt: skip
 
@@ -62,7 +62,7 @@ def unpack(stored: Stored, start: int, out: Tensor) -> Tensor:
 
     Raises IndexError, with nothing written, for rows that the weight does not have.
     """
-    if _is_plain(out):
+    if is_plain(out):
         _unpack(stored, stored.order, start, out)
     else:
         torch.ops.lorafit.unpack(*_arguments(stored), start, out)
@@ -84,7 +84,7 @@ def unpack_rows(stored: Stored, ids_N: Tensor, out: Tensor) -> Tensor:
 
 def matvec(stored: Stored, x_NI: Tensor) -> Tensor:
     """x W^T (N, O) in x's dtype, fp32 or bf16, for few rows N, without unpacking W to memory; sums in fp32."""
-    if _is_plain(x_NI):
+    if is_plain(x_NI):
         return _matvec(x_NI, stored, stored.order)
     result: Tensor = torch.ops.lorafit.matvec(x_NI, *_arguments(stored))
     return result
@@ -133,15 +133,9 @@ def quantise_int8(matrix_OI: Tensor) -> Stored:
     return Stored(INT8, columns, codes.view(torch.uint8), scales)
 
 
-_LIBRARY = torch.library.Library("lorafit", "DEF")
 _STORED = "Tensor data, Tensor? scales, Tensor? nested, float offset, str format, int columns, int first_row"
-_LIBRARY.define(f"unpack({_STORED}, Tensor? order, int start, Tensor(a!) out) -> ()")
-_LIBRARY.define(f"matvec(Tensor x, {_STORED}, Tensor? order) -> Tensor")
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether nobody looks on: then the dispatcher's 6 microseconds a call are saved, which decoding would feel."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+LIBRARY.define(f"unpack({_STORED}, Tensor? order, int start, Tensor(a!) out) -> ()")
+LIBRARY.define(f"matvec(Tensor x, {_STORED}, Tensor? order) -> Tensor")
 
 
 def _arguments(stored: Stored) -> tuple[object, ...]:
@@ -172,7 +166,7 @@ def _unpack(stored: Stored, order: Tensor | None, start: int, out: Tensor) -> No
     found = native.library()
     if found is not None:
         fault = found.lorafit_unpack(
-            ctypes.byref(stored.weight), _address(order), start, len(out), out.data_ptr(), TYPES[out.dtype],
+            ctypes.byref(stored.weight), address(order), start, len(out), out.data_ptr(), TYPES[out.dtype],
             torch.get_num_threads(),
         )  # fmt: skip
         return _accept(fault, stored)
@@ -207,7 +201,7 @@ def _matvec(x: Tensor, stored: Stored, order: Tensor | None) -> Tensor:
     y = x.new_empty(len(x), rows)
     inputs, order = x.float().contiguous(), None if order is None else order.long().contiguous()
     fault = found.lorafit_matvec(
-        ctypes.byref(stored.weight), _address(order), rows, inputs.data_ptr(), len(x), y.data_ptr(),
+        ctypes.byref(stored.weight), address(order), rows, inputs.data_ptr(), len(x), y.data_ptr(),
         TYPES[y.dtype], torch.get_num_threads(),
     )  # fmt: skip
     _accept(fault, stored)
@@ -219,12 +213,12 @@ def _matvec_fake(x: Tensor, data: Tensor, *arguments: object) -> Tensor:
     return x.new_empty(len(x), len(order if isinstance(order, Tensor) else data))
 
 
-_LIBRARY.impl("unpack", _unpack_cpu, "CPU")
-_LIBRARY.impl("matvec", _matvec_cpu, "CPU")
-_LIBRARY.impl("unpack", cuda.unpack, "CUDA")
-_LIBRARY.impl("matvec", cuda.matvec, "CUDA")
-torch.library.register_fake("lorafit::unpack", lambda *arguments: None, lib=_LIBRARY)
-torch.library.register_fake("lorafit::matvec", _matvec_fake, lib=_LIBRARY)
+LIBRARY.impl("unpack", _unpack_cpu, "CPU")
+LIBRARY.impl("matvec", _matvec_cpu, "CPU")
+LIBRARY.impl("unpack", cuda.unpack, "CUDA")
+LIBRARY.impl("matvec", cuda.matvec, "CUDA")
+torch.library.register_fake("lorafit::unpack", lambda *arguments: None, lib=LIBRARY)
+torch.library.register_fake("lorafit::matvec", _matvec_fake, lib=LIBRARY)
 
 
 def _plain(stored: Stored, rows: Tensor) -> Tensor:
@@ -245,7 +239,3 @@ def _plain(stored: Stored, rows: Tensor) -> Tensor:
 
 def _step(stored: Stored) -> int:
     return max(1, PIECE // stored.columns)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
