@@ -45,8 +45,13 @@ class PlacedDropout(nn.Module):
         self.p, self.places = p, places
         self.module_key = zlib.crc32(module.encode())
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is dropped now."""
+        return self.p > 0.0 and self.training
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.p == 0.0 or not self.training:
+        if not self.active:
             return x
         if self.places is None or self.places.keys_T is None:
             return torch.nn.functional.dropout(x, self.p)

@@ -14,8 +14,9 @@ _NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "f
 class DenseWeight(FrozenWeight):
     """W (O, I) as one tensor, which may lie in a mapped file; products run in the input's dtype."""
 
-    def __init__(self, weight_OI: Tensor, source_format: str | None = None) -> None:
+    def __init__(self, weight_OI: Tensor, source_format: str | None = None, mapped: bool = False) -> None:
         super().__init__()
+        self.mapped = mapped  # whether the tensor lies in a mapped file
         self.out_features, self.in_features = weight_OI.shape
         self.format = _NAMES[str(weight_OI.dtype)]
         self.source_format = source_format or self.format.upper()

@@ -26,6 +26,7 @@ from lorafit.frozen.packed import PackedWeight, quantise
 from lorafit.frozen.weight import FrozenWeight
 from lorafit.kernels import native, ops
 from lorafit.model import attention
+from lorafit.model.fused import FusedLayer, fuse
 from lorafit.model.head import Head
 from lorafit.model.sources import WeightSource
 
@@ -44,6 +45,8 @@ class Base:
     tokenizer: TextTokenizer
     kept: tuple[str, ...] = ()
     """Linear layers that stay in 16 bits since their rows do not divide into the blocks of --base."""
+    fused: int = 0
+    """Decoder layers that we compute ourselves."""
 
 
 def context_of(source: WeightSource) -> int:
@@ -70,7 +73,8 @@ def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute
         raise ModelError(f"{source.place}: tokenizer", what, "use the tokenizer that belongs to the model")
     linear = [path for path, module in model.named_modules() if isinstance(module, FrozenLinear) and path != "lm_head"]
     kept = [path for path in linear if base in QUANTISED and isinstance(weights[path], DenseWeight)]
-    return Base(model, head_of(model), tokenizer, tuple(kept))
+    fused = sum(isinstance(layer, FusedLayer) for layer in model.get_decoder().layers)
+    return Base(model, head_of(model), tokenizer, tuple(kept), fused)
 
 
 def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedModel:
@@ -102,6 +106,7 @@ def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedMo
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"tensors without values: {left}"
+    fuse(model)
     return model.eval()
 
 
@@ -178,7 +183,7 @@ def _weight(source: WeightSource, name: str, base: str, compute: torch.dtype) ->
             what = f"row {row} has a weight or scale that is NaN or infinite"
             raise ModelError(f"{source.place}: {name}", what, "the file is damaged; download or convert it again")
         if stored.order is None and stored.format == FLOATS[compute]:  # a view of the file, multiplied where it lies
-            return DenseWeight(stored.data.view(compute), stored.format)
+            return DenseWeight(stored.data.view(compute), stored.format, mapped=True)
         return PackedWeight(stored)
     values = source.load(name)
     if base == "packed":

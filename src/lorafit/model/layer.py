@@ -1,0 +1,318 @@
+"""A decoder layer computed by hand, forward and backward, as one autograd function.
+
+    n1 = norm(x)        q, k, v = heads(n1 Wqkv^T)         z = attend(q, k, v) Wo^T          x2 = x + m z
+    n2 = norm(x2)       a = act(n2 Wgate^T) * (n2 Wup^T)   d = a Wdown^T                     y = x2 + m d
+
+Every W has its adapter beside it (adapter/group.py); families may norm q and k, rotate them or not, and norm z and d
+(Gemma). Kept for the backward pass are x, q, k, v, attention's output, x2, gate and up: the norms' outputs and a are
+computed again, in one pass over memory each. A layer that is checkpointed keeps x alone and computes the rest again,
+without the product that the backward pass does not need.
+
+Source: ours. Chen et al. 2016, arXiv:1604.06174, for checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.adapter.group import Group
+from lorafit.kernels import layer as parts
+from lorafit.kernels.attention import Rules, attend, attend_backward
+from lorafit.model.buffers import give, take
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMS norm: its weight as it multiplies, fp32 (H,)."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a family's decoder layer is, beside its matrices."""
+
+    heads: int
+    key_heads: int
+    dim: int
+    rules: Rules
+    activation: str
+    residual: float
+    """m: what a block's output is multiplied with before it is added."""
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Those of one layer; the ones that a family lacks are None."""
+
+    attention: Norm
+    mlp: Norm
+    q: Norm | None = None
+    k: Norm | None = None
+    after_attention: Norm | None = None
+    after_mlp: Norm | None = None
+
+
+@dataclass
+class AttentionKept:
+    """What the backward pass needs of a layer's first half. scale, after_scale: the norms' reciprocal roots; low,
+    low_out: h of the adapters; z: o_proj's output, where it is normed."""
+
+    scale: Tensor
+    qkv: Tensor
+    low: Tensor
+    out: Tensor
+    lse: Tensor
+    low_out: Tensor
+    z: Tensor | None
+    after_scale: Tensor | None
+
+
+@dataclass
+class MlpKept:
+    """The same of its second half. d: down_proj's output, where it is normed."""
+
+    scale: Tensor
+    gate_up: Tensor
+    low: Tensor
+    low_down: Tensor
+    d: Tensor | None
+    after_scale: Tensor | None
+
+
+@dataclass
+class Kept:
+    """All that is kept of a layer; None: to be computed again."""
+
+    x: Tensor
+    attention: AttentionKept | None
+    x2: Tensor | None
+    mlp: MlpKept | None
+
+    def forget_attention(self) -> None:
+        """What is kept of the first half goes back to the buffers."""
+        if self.attention is not None:
+            give(self.attention.qkv, self.attention.out, self.attention.z, self.x2)
+        self.attention = self.x2 = None
+
+    def forget_mlp(self) -> None:
+        """The same of the second half."""
+        if self.mlp is not None:
+            give(self.mlp.gate_up, self.mlp.d)
+        self.mlp = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's matrices with their adapters, its norms and shape, and one pack's angles and documents."""
+
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+    norms: Norms
+    shape: Shape
+    cos: Tensor | None
+    sin: Tensor | None
+    documents: Sequence[int]
+    pooled: bool
+    """Whether activations are written into buffers that go round: only where all of them are sure to be used up."""
+    chained: bool
+    """Whether y and dx are such buffers too: then nobody but the next layer may hold them."""
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapters', in the order in which `backward` gives their gradients."""
+        return [p for group in (self.qkv, self.o, self.gate_up, self.down) for p in group.parameters]
+
+    def forward(self, x: Tensor, keeps: bool) -> tuple[Tensor, Kept]:
+        """x (T, H) -> y (T, H). keeps: whether more than x is kept."""
+        delta, attention = self._attention(x)
+        x2, d, mlp = self._mlp(x, delta)
+        y = torch.add(x2, d, alpha=self.shape.residual, out=self._take_like(x) if self.chained else torch.empty_like(x))
+        give(delta, d)
+        kept = Kept(x, attention, x2, mlp)
+        if not keeps:
+            kept.forget_mlp()
+            kept.forget_attention()
+        return y, kept
+
+    def backward(self, dy: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, list[Tensor]]:
+        """(dx if wanted, the adapters' gradients) from dy (T, H). Uses up what was kept."""
+        if kept.attention is None:
+            delta, kept.attention = self._attention(kept.x)
+            kept.x2, d, kept.mlp = self._mlp(kept.x, delta, whole=self.norms.after_mlp is not None)
+            give(delta, d)
+        assert kept.x2 is not None and kept.mlp is not None, "the two halves are kept together"  # noqa: PT018
+        dx2, mlp_grads = self._mlp_backward(dy, kept.x2, kept.mlp)
+        kept.forget_mlp()
+        dx, attention_grads = self._attention_backward(dx2, kept.x, kept.attention, wanted)
+        kept.forget_attention()
+        give(dx2, kept.x, dy)
+        return dx, attention_grads + mlp_grads
+
+    def _attention(self, x: Tensor) -> tuple[Tensor, AttentionKept]:
+        """x (T, H) -> what is to be added to it, (T, H)."""
+        n1, scale = self._norm(self.norms.attention, x)
+        qkv = self._take(self.qkv.out_features, x)
+        low = self.qkv.forward(n1, qkv)
+        give(n1)
+        q, k, v = self._turned(qkv)
+        out = self._take(self.o.in_features, x)
+        lse = attend(q, k, v, self.documents, self.shape.rules, self._heads(out))
+        self._give_turned(q, k)
+        z = self._take(self.o.out_features, x)
+        low_out = self.o.forward(out, z)
+        if self.norms.after_attention is None:
+            return z, AttentionKept(scale, qkv, low, out, lse, low_out, None, None)
+        delta, after_scale = self._norm(self.norms.after_attention, z)
+        return delta, AttentionKept(scale, qkv, low, out, lse, low_out, z, after_scale)
+
+    def _mlp(self, x: Tensor, delta: Tensor, whole: bool = True) -> tuple[Tensor, Tensor, MlpKept]:
+        """(x2, what is to be added to it, what is kept); with whole=False down's product is left out."""
+        n2, x2, norm = self._take_like(x), self._take_like(x), self.norms.mlp
+        scale = parts.norm(x, norm.weight, norm.eps, n2, delta, self.shape.residual, x2)
+        gate_up = self._take(self.gate_up.out_features, x)
+        low = self.gate_up.forward(n2, gate_up)
+        give(n2)
+        a = self._take(self.down.in_features, x)
+        parts.gate(*self._gate_and_up(gate_up), self.shape.activation, a)
+        if not whole:
+            return x2, a, MlpKept(scale, gate_up, low, self.down.low(a), None, None)
+        d = self._take(self.down.out_features, x)
+        low_down = self.down.forward(a, d)
+        give(a)
+        if self.norms.after_mlp is None:
+            return x2, d, MlpKept(scale, gate_up, low, low_down, None, None)
+        normed, after_scale = self._norm(self.norms.after_mlp, d)
+        return x2, normed, MlpKept(scale, gate_up, low, low_down, d, after_scale)
+
+    def _mlp_backward(self, dy: Tensor, x2: Tensor, kept: MlpKept) -> tuple[Tensor, list[Tensor]]:
+        """(dx2, gradients of gate_up and down): gate and up become their gradients."""
+        dd = self._of_delta(dy, self.norms.after_mlp, kept.d, kept.after_scale)
+        low_d = self.down.backward_low(dd)
+        a = self.down.backward_input(dd, low_d, self._take(self.down.in_features, dy))  # da, and then a
+        parts.gate_backward(a, *self._gate_and_up(kept.gate_up), self.shape.activation)
+        down_grads = self.down.backward_adapters(dd, low_d, a, kept.low_down)
+        give(a, dd if dd is not dy else None)
+        low_d = self.gate_up.backward_low(kept.gate_up)
+        n2, _ = self._norm(self.norms.mlp, x2)
+        grads = self.gate_up.backward_adapters(kept.gate_up, low_d, n2, kept.low)
+        dn2 = self.gate_up.backward_input(kept.gate_up, low_d, n2)
+        return parts.norm_backward(dn2, x2, self.norms.mlp.weight, kept.scale, onto_TH=dy), grads + down_grads
+
+    def _attention_backward(
+        self, dx2: Tensor, x: Tensor, kept: AttentionKept, wanted: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """(dx if wanted, gradients of qkv and o)."""
+        dz = self._of_delta(dx2, self.norms.after_attention, kept.z, kept.after_scale)
+        low_d = self.o.backward_low(dz)
+        o_grads = self.o.backward_adapters(dz, low_d, kept.out, kept.low_out)
+        d_out = None
+        if wanted or self.qkv.parts:
+            d_out = self.o.backward_input(dz, low_d, self._take(self.o.in_features, x))
+        give(dz if dz is not dx2 else None)
+        if d_out is None:
+            return None, o_grads
+        q, k, v = self._turned(kept.qkv, again=True)
+        d_qkv = self._take_like(kept.qkv)
+        dq, dk, dv = self._split(d_qkv)
+        rules, out = self.shape.rules, self._heads(kept.out)
+        attend_backward(self._heads(d_out), q, k, v, out, kept.lse, self.documents, rules, dq, dk, dv)
+        self._give_turned(q, k)
+        give(d_out)
+        raw = self._split(kept.qkv)
+        for grad, before, norm in ((dq, raw[0], self.norms.q), (dk, raw[1], self.norms.k)):
+            weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            if norm is not None or self.cos is not None:
+                parts.heads_backward(grad, before, weight, eps, self.cos, self.sin)
+        low_d = self.qkv.backward_low(d_qkv)
+        n1, _ = self._norm(self.norms.attention, x)
+        grads = self.qkv.backward_adapters(d_qkv, low_d, n1, kept.low) + o_grads
+        dx = None
+        if wanted:
+            dn1 = self.qkv.backward_input(d_qkv, low_d, self._take_like(x) if self.chained else torch.empty_like(x))
+            dx = parts.norm_backward(dn1, x, self.norms.attention.weight, kept.scale, onto_TH=dx2)
+        give(n1, d_qkv)
+        return dx, grads
+
+    def _of_delta(self, dy: Tensor, norm: Norm | None, x: Tensor | None, scale: Tensor | None) -> Tensor:
+        """The gradient of a block's output before its norm, from that of what it was added to. dy stays as it is."""
+        m = self.shape.residual
+        if m == 1.0 and norm is None:
+            return dy
+        d = torch.mul(dy, m, out=self._take_like(dy))
+        if norm is None or x is None or scale is None:
+            return d
+        return parts.norm_backward(d, x, norm.weight, scale)
+
+    def _take(self, columns: int, x: Tensor) -> Tensor:
+        """A buffer with as many rows as x, and its dtype."""
+        return take(len(x), columns, x) if self.pooled else x.new_empty(len(x), columns)
+
+    def _take_like(self, x: Tensor) -> Tensor:
+        return self._take(x.shape[1], x)
+
+    def _norm(self, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
+        out = self._take_like(x)
+        return out, parts.norm(x, norm.weight, norm.eps, out)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1, self.shape.dim)
+
+    def _gate_and_up(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = gate_up.chunk(2, dim=1)
+        return gate, up
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, heads, dim) views of q, k and v."""
+        sizes = [count * self.shape.dim for count in (self.shape.heads, *(self.shape.key_heads,) * 2)]
+        q, k, v = (part.unflatten(1, (-1, self.shape.dim)) for part in qkv.split(sizes, dim=1))
+        return q, k, v
+
+    def _turned(self, qkv: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k normed and rotated, v. In place where nothing is normed, since rotating can be undone: then `again`
+        finds it done."""
+        q, k, v = self._split(qkv)
+        turned = []
+        for x, norm in ((q, self.norms.q), (k, self.norms.k)):
+            out = x if norm is None else self._heads(self._take(x.shape[1] * x.shape[2], x))
+            weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            if norm is not None or (self.cos is not None and not again):
+                parts.heads(x, weight, eps, self.cos, self.sin, out)
+            turned.append(out)
+        return turned[0], turned[1], v
+
+    def _give_turned(self, q: Tensor, k: Tensor) -> None:
+        for x, norm in ((q, self.norms.q), (k, self.norms.k)):
+            give(None if norm is None else x.flatten(1))
+
+
+class LayerFunction(torch.autograd.Function):
+    """`Layer` under autograd: apply(x (T, H), layer, keeps, *layer.parameters) -> y (T, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, keeps: bool, *parameters: Tensor) -> Tensor:
+        y, kept = layer.forward(x, keeps)
+        ctx.layer, ctx.kept = layer, kept
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        layer, kept = ctx.layer, used_up(ctx)
+        dx, grads = layer.backward(dy.contiguous(), kept, ctx.needs_input_grad[0])
+        return (dx, None, None, *grads)
+
+
+def used_up(ctx: Any) -> Any:
+    """What a function kept for its backward pass; a second pass is refused, since the first writes over it."""
+    kept, ctx.kept = ctx.kept, None
+    if kept is None:
+        raise RuntimeError("activations are used up by one backward pass; run the forward pass again")
+    return kept
