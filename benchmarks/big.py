@@ -49,7 +49,7 @@ def peer(job: dict[str, Any]) -> dict[str, Any]:
 
     began = time.perf_counter()
     torch.set_num_threads(job["threads"])
-    machine.keep_freed_memory()
+    machine.settle_allocator(keeps=True)
     shape = bigfile.Shape(**job["shape"])
     config = LlamaConfig(
         num_hidden_layers=shape.layers, hidden_size=shape.hidden, intermediate_size=shape.mlp,

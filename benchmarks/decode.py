@@ -110,7 +110,7 @@ def main() -> None:
     if options.child:
         return serve(options.child)
     torch.set_num_threads(options.threads)
-    machine.keep_freed_memory()
+    machine.settle_allocator(keeps=True)
     rows = [row for name in options.models for row in measure(name, options)]
     title = f"Greedy decoding of {options.tokens} tokens after {PROMPT}"
     head = ["model", "prompts", "lorafit, tokens/s", "llama.cpp, tokens/s", "ratio"]

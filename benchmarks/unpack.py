@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--no-peer", action="store_true", help="leave out bitsandbytes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine.keep_freed_memory()  # so that bitsandbytes' new tensors cost no page faults
+    machine.settle_allocator(keeps=True)  # so that bitsandbytes' new tensors cost no page faults
     peer = not options.no_peer
     parts = [heading("Unpacking, G weights/s", options.threads, ["bitsandbytes"] if peer else [])]
     for shape in options.shapes:

@@ -53,6 +53,8 @@ class TrainConfig:
     (packed). auto = packed for a quantised model, else as --compute."""
     compute: Literal["auto", "bf16", "fp32"] = "auto"
     """What matrix products run in. auto = bf16 where the processor has fast bf16 products, else fp32."""
+    kernels: Literal["auto", "avx512_bf16", "avx512", "avx2", "neon", "portable", "plain"] = "auto"
+    """Processor path of the native kernels; plain = plain torch. auto = the best that the processor has."""
     threads: int | None = None
     """Processor threads. Default: the physical cores that this process may use."""
 
@@ -87,9 +89,12 @@ class TrainConfig:
     """auto = several rows share one sequence, exactly as if each were alone; off = one row at a time."""
     micro_batch_tokens: int | None = None
     """Tokens computed at once; a step's rows are packed into sequences of at most this many, which bounds memory.
-    Default: 2048, or down to 512 where activations would need more than 3 GB or half of the free memory."""
-    checkpointing: Literal["auto", "off", "all"] = "auto"
-    """Keep the activations (off) or compute each layer twice (all). auto = all where they would need more than that."""
+    Default: 2048, 1024 or 512, the smaller the more memory a token's activations need."""
+    checkpointing: Literal["auto", "off", "some", "all"] = "auto"
+    """Keep the activations of every layer (off), or compute some or all layers twice. auto = as many as are needed to
+    keep activations under 1.2 GB and half of the free memory."""
+    checkpointed_layers: int | None = None
+    """Layers that are computed twice. Default: none with off, every one with all, else as many as are needed."""
 
     eval: tuple[str, ...] = ()
     """Evaluation data. Default: a part of the training data, see --eval-fraction."""
@@ -140,6 +145,7 @@ class TrainConfig:
             within("seed", 0, 2**63 - 1),
             at_least("max_length", 2, " tokens"),
             at_least("micro_batch_tokens", 1, " tokens"),
+            at_least("checkpointed_layers", 0, " layers"),
             within("eval_fraction", 0, 0.5),
             at_least("eval_every", 1, " steps"),
             at_least("save_every", 1, " steps"),

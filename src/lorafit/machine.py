@@ -53,17 +53,22 @@ def available_memory() -> int:
     return max(0, min(free, int(limit) - memory_bytes())) if limit.isdigit() else free
 
 
-def keep_freed_memory() -> bool:
-    """Tell the C library to reuse freed buffers instead of returning them to the system; whether it understood.
+def settle_allocator(keeps: bool) -> bool:
+    """Tell the C library what to do with large blocks that are freed; whether it understood (glibc does).
 
-    A training step frees and takes the same large buffers again; returned ones fault in page by page each time
-    (peers spend 18 to 97 s of a 50-120 s run in that). glibc only: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD.
+    keeps: reuse them, since a step takes the same ones again and fresh memory faults in page by page (peers spend 18 to
+    97 s of a 50-120 s run in that). Not keeps: give them back at once, where the step's own buffers go round anyway and
+    a heap would only fall to pieces.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        library = ctypes.CDLL(None)
+        mallopt, trim = library.mallopt, library.malloc_trim
     except (OSError, AttributeError):
         return False
-    return all(mallopt(option, value) for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)))
+    if keeps:  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        return all(mallopt(option, value) for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)))
+    trim(0)
+    return bool(mallopt(-3, 1 << 20))  # M_MMAP_THRESHOLD: fixed, it would grow to what was freed
 
 
 def describe() -> dict[str, object]:

@@ -31,6 +31,7 @@ from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.frozen.fingerprint import digest, fingerprint
 from lorafit.inputs import read_rows, read_template
 from lorafit.kernels import native
+from lorafit.model import buffers
 from lorafit.model.load import Base, bytes_by_format, context_of, load_base
 from lorafit.model.sources import open_source
 from lorafit.settings import settle_for_data, settle_for_machine
@@ -107,7 +108,7 @@ def prepare(resolved: Resolved) -> Job:
     resolved = settle_for_machine(resolved, source.quantised)
     config = resolved.config
     torch.set_num_threads(int(config.threads or 1))
-    machine.keep_freed_memory()
+    native.use(config.kernels)
     tokenizer = source.tokenizer(read_template(config.template))
     data, records = read_rows(config.data, tokenizer, config, context_of(source))
     if config.eval:
@@ -120,6 +121,8 @@ def prepare(resolved: Resolved) -> Job:
         raise ConfigError(", ".join(config.data), "leaves no row with a trained token", "raise --max-length")
     resolved, plan = settle_for_data(resolved, training, data.max_length, source.config)
     base = load_base(source, tokenizer, resolved.config.base, resolved.config.compute)
+    machine.settle_allocator(keeps=base.fused < len(base.model.get_decoder().layers))
+    buffers.expect(int(resolved.config.micro_batch_tokens or 1))
     base_digest = digest(fingerprint(base.model))
     if config.init_adapter:
         _start_from(base, config)
@@ -297,6 +300,12 @@ def _describe(job: Job) -> None:
         console.say(f"{name:<9} {getattr(config, name)}  ({job.resolved.origin.get(name, 'default')})")
     sizes = [f"{name} {console.gigabytes(size)}" for name, size in bytes_by_format(job.base.model).items()]
     console.say(f"weights   {', '.join(sizes)}; kernels {native.describe()[0]}")
+    if not job.base.fused:
+        console.say(f"layers    transformers' own: {job.base.model.config.model_type} has no fused ones here")
+    if config.checkpointed_layers:
+        console.say(
+            f"computed twice: {config.checkpointed_layers} layers  ({job.resolved.origin['checkpointed_layers']})"
+        )
     if job.base.kept:
         first = ", ".join(job.base.kept[:3]) + (", ..." if len(job.base.kept) > 3 else "")
         console.warn(f"{len(job.base.kept)} layers stay in 16 bits, their rows are no whole blocks: {first}")

@@ -133,7 +133,7 @@ def evaluate(
                 console.say(f"{adapter}: {note}")
         entry: dict[str, Any] = {"adapter": adapter}
         for name, found in rows.items():
-            measured = held_out(loaded.model, loaded.head, found, MICRO_BATCHES[0])
+            measured = held_out(loaded.model, loaded.head, found, max(MICRO_BATCHES))
             if not math.isfinite(measured.loss):
                 what = f"gives loss {measured.loss}"
                 raise NonFiniteError(adapter or config.model, what, "its file is damaged, or try --compute fp32")

@@ -37,21 +37,44 @@ class Pack:
 
 
 def pack_rows(rows: Sequence[Tokens], numbers: Sequence[int], budget: int, together: bool = True) -> list[Pack]:
-    """The rows `numbers` in packs of at most `budget` tokens, longest first (first fit decreasing).
+    """The rows `numbers` in the fewest packs of at most `budget` tokens that first fit decreasing finds, evenly filled,
+    so that no product is small.
 
     A row longer than the budget is a pack of its own. together=False: one row per pack. A pure function of its
     arguments, so that a resumed run cuts a step as the first run did.
     """
-    bins: list[tuple[int, list[int]]] = []
-    for number in sorted(numbers, key=lambda n: (-len(rows[n].ids), n)):
-        length = len(rows[number].ids)
-        for place, (used, members) in enumerate(bins):
-            if together and used + length <= budget:
-                bins[place] = (used + length, [*members, number])
+    longest_first = sorted(numbers, key=lambda n: (-len(rows[n].ids), n))
+    if not together:
+        return [_pack([rows[n]], [n]) for n in longest_first]
+    sizes = [(n, len(rows[n].ids)) for n in longest_first]
+    packs = _first_fit(sizes, budget)
+    packs = _even(sizes, len(packs), budget) or packs
+    return [_pack([rows[n] for n in members], members) for members in packs]
+
+
+def _first_fit(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:
+    """Each row into the first pack that has room; a new one where none has."""
+    packs: list[tuple[int, list[int]]] = []
+    for number, length in sizes:
+        for place, (used, members) in enumerate(packs):
+            if used + length <= budget:
+                packs[place] = (used + length, [*members, number])
                 break
         else:
-            bins.append((length, [number]))
-    return [_pack([rows[n] for n in members], members) for _, members in bins]
+            packs.append((length, [number]))
+    return [members for _, members in packs]
+
+
+def _even(sizes: Sequence[tuple[int, int]], count: int, budget: int) -> list[list[int]] | None:
+    """Each row into the emptiest of `count` packs; None where one would then hold more than the budget."""
+    used, packs = [0] * count, [list[int]() for _ in range(count)]
+    for number, length in sizes:
+        place = used.index(min(used))
+        if packs[place] and used[place] + length > budget:
+            return None
+        used[place] += length
+        packs[place].append(number)
+    return packs
 
 
 def _pack(rows: Sequence[Tokens], numbers: Sequence[int]) -> Pack:

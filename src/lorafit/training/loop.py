@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the settings and the data: the run's length in optimizer steps, and checkpointing."""
+    """What follows from settings and data: the run's length in optimizer steps, and the layers computed twice."""
 
     steps: int
     steps_per_epoch: int
-    checkpointing: bool
+    checkpointed_layers: int
 
 
 @dataclass
@@ -126,7 +126,7 @@ def _train_step(run: Run, optimizer: torch.optim.Optimizer, named: dict[str, nn.
     lr = lr_at(step, plan.steps, _set(config.lr), config.schedule, config.warmup)
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate(
-        run.model, run.head, packs, seed=config.seed, step=step, checkpointing=plan.checkpointing
+        run.model, run.head, packs, seed=config.seed, step=step, checkpointed=plan.checkpointed_layers
     )  # fmt: skip
     norm = clip_gradient(named.values(), config.clip_norm)
     state = optimizer_tensors(optimizer, named)

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafit.kernels.layer import entropy
+from lorafit.model.buffers import give, take
 from lorafit.model.head import Head
 
 CHUNK_TOKENS = 512  # whose logits are alive at once: so many that unpacking the head is a few per cent of its product
 CHUNK_BYTES = 1 << 28  # that they may take, in the compute dtype
-PIECE_ELEMENTS = 1 << 20  # of them in fp32 at a time: 4 MB stay in the cache
 BLOCK_WEIGHTS = 1 << 23  # of the head unpacked at a time: 17 MB in bf16 stay in the cache
 
 
@@ -35,10 +36,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
         wanted = hidden_NH.requires_grad
-        size = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (head.weight.out_features * hidden_NH.element_size())))
+        most = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (head.weight.out_features * hidden_NH.element_size())))
+        size = -(-len(targets_N) // max(1, -(-len(targets_N) // most)))  # equal chunks: each reads the whole head
         losses = hidden_NH.new_empty(len(targets_N), dtype=torch.float32)
         gradient_NH = torch.empty_like(hidden_NH) if wanted else None
-        for start in range(0, len(targets_N), size):
+        for start in range(0, len(targets_N), max(1, size)):
             part = slice(start, start + size)
             losses[part], gradient = _chunk(hidden_NH[part], targets_N[part], head, wanted)
             if gradient_NH is not None and gradient is not None:
@@ -55,38 +57,15 @@ def _chunk(hidden_CH: Tensor, targets_C: Tensor, head: Head, wanted: bool) -> tu
     """Losses (C,) and, if wanted, d loss_i / d hidden_i (C, H) of one chunk."""
     weight = head.weight
     blocks = list(weight.blocks(BLOCK_WEIGHTS))
-    logits_CV = hidden_CH.new_empty(len(hidden_CH), weight.out_features)
+    logits_CV = take(len(hidden_CH), weight.out_features, hidden_CH, most=len(hidden_CH))
     for start, stop in blocks:
         torch.mm(hidden_CH, weight.block(start, stop, hidden_CH.dtype).T, out=logits_CV[:, start:stop])
-    losses_C = hidden_CH.new_empty(len(targets_C), dtype=torch.float32)
-    step = max(1, PIECE_ELEMENTS // weight.out_features)
-    for start in range(0, len(targets_C), step):
-        piece = slice(start, start + step)
-        losses_C[piece] = _piece(logits_CV[piece], targets_C[piece], head, wanted)
+    losses_C = entropy(logits_CV, targets_C, head.multiplier, head.softcap, wanted)
     if not wanted:
+        give(logits_CV)
         return losses_C, None
     gradient_CH = hidden_CH.new_zeros(hidden_CH.shape, dtype=torch.float32)
     for start, stop in blocks:
         gradient_CH += logits_CV[:, start:stop] @ weight.block(start, stop, hidden_CH.dtype)
+    give(logits_CV)
     return losses_C, gradient_CH.to(hidden_CH.dtype)
-
-
-def _piece(logits_PV: Tensor, targets_P: Tensor, head: Head, wanted: bool) -> Tensor:
-    """Losses (P,) of the head's products; if wanted, the loss's gradient is written over them."""
-    z_PV = logits_PV.float()
-    if head.multiplier != 1.0:
-        z_PV *= head.multiplier
-    if head.softcap is not None:
-        z_PV = torch.tanh_(z_PV.div_(head.softcap)).mul_(head.softcap)
-    normalizer_P = torch.logsumexp(z_PV, dim=-1)
-    losses_P = normalizer_P - z_PV.gather(1, targets_P[:, None])[:, 0]
-    if wanted:
-        slope_PV = None if head.softcap is None else 1 - (z_PV / head.softcap) ** 2  # of the tanh
-        grad_PV = z_PV.sub_(normalizer_P[:, None]).exp_()  # softmax
-        grad_PV[torch.arange(len(targets_P), device=targets_P.device), targets_P] -= 1
-        if slope_PV is not None:
-            grad_PV *= slope_PV
-        if head.multiplier != 1.0:
-            grad_PV *= head.multiplier
-        logits_PV.copy_(grad_PV)
-    return losses_P

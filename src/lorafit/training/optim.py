@@ -46,8 +46,9 @@ def lr_at(step: int, steps: int, peak: float, schedule: str, warmup: float) -> f
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with torch's defaults for betas and eps."""
-    return torch.optim.AdamW(list(parameters), lr=0.0, weight_decay=weight_decay, foreach=True)
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with torch's defaults for betas and eps, in torch's own fused
+    kernel: one pass over memory for all parameters."""
+    return torch.optim.AdamW(list(parameters), lr=0.0, weight_decay=weight_decay, fused=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:

@@ -7,10 +7,12 @@ Averaging the packs' means instead would weigh a token in a short pack more than
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lorafit.adapter.dropout import Places
 from lorafit.data.batch import Pack
@@ -18,14 +20,18 @@ from lorafit.model.head import Head
 from lorafit.training.loss import token_losses
 
 
-def pack_losses(model: nn.Module, head: Head, pack: Pack, checkpointing: bool = False) -> Tensor:
+def checkpoint_layers(model: nn.Module, count: int) -> None:
+    """Compute the first `count` layers twice in training, and the others once. The first, since the others' activations
+    are gone by then."""
+    again = functools.partial(checkpoint, use_reentrant=False)
+    for index, layer in enumerate(model.get_decoder().layers):  # type: ignore[operator]
+        layer.gradient_checkpointing = index < count
+        layer._gradient_checkpointing_func = again  # what transformers' own layers call
+
+
+def pack_losses(model: nn.Module, head: Head, pack: Pack) -> Tensor:
     """Losses (N,) in nats of the pack's trained tokens, in the pack's order; differentiable in the adapter."""
     backbone = model.get_decoder()  # type: ignore[operator]
-    if checkpointing != backbone.is_activation_checkpointing:
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        else:
-            model.activation_checkpointing_disable()  # type: ignore[operator]
     hidden_1TH = backbone(
         input_ids=torch.from_numpy(pack.ids_T)[None],
         position_ids=torch.from_numpy(pack.positions_T)[None],
@@ -42,19 +48,20 @@ def accumulate(
     *,
     seed: int = 0,
     step: int = 0,
-    checkpointing: bool = False,
+    checkpointed: int = 0,
 ) -> float:
     """Add the step's gradient to the adapter's `.grad` and return the step's loss in nats per trained token.
 
-    packs: all rows of one optimizer step. seed and step name the dropout masks.
+    packs: all rows of one optimizer step. seed and step name the dropout masks. checkpointed: layers computed twice.
     """
     trained = sum(len(pack.targets_N) for pack in packs)
     places: Places | None = getattr(model, "lora_places", None)
     total = 0.0
+    checkpoint_layers(model, checkpointed)
     for pack in packs:
         if places is not None:
             places.set(seed, step, torch.from_numpy(pack.rows_T), torch.from_numpy(pack.positions_T))
-        loss = pack_losses(model, head, pack, checkpointing).sum()
+        loss = pack_losses(model, head, pack).sum()
         (loss / trained).backward()
         total += loss.item()
     return total / trained
