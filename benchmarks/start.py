@@ -2,13 +2,16 @@
 
     python -m benchmarks.start [--models smollm2] [--profile]
 
-64 rows, otherwise the defaults; the command is ended after its first step. Beside it: what that step took by its own
-account, and what Python, torch and lorafit need to be imported. --profile prints the dearest imports.
+64 rows and 10,000, these also with their tokens in the cache; otherwise the defaults. The command is ended after its
+first step. Beside it: what that step took by its own account, and what Python, torch and lorafit need to be imported,
+lorafit as the command does it, without garbage collection. --profile prints the dearest imports.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,17 +23,34 @@ from benchmarks.common import ROOT, ROWS, alternate, arguments, heading, model_f
 LOOK = 0.005  # seconds between looks at metrics.jsonl
 LIMIT = 300
 SHOWN = 15
-PARTS = {"python": "pass", "and torch": "import torch", "and lorafit.run": "import lorafit.run"}
+FEW, MANY = 64, 10_000  # rows
+PARTS = {
+    "python": "pass",
+    "and torch": "import torch",
+    "and lorafit.run": "import gc; gc.disable(); import lorafit.run",
+}
 
 
-def first_step(model: Path, data: Path, folder: Path, threads: int) -> tuple[float, float]:
-    """(seconds to the first line, seconds that the first step took)."""
+def write_rows(file: Path, count: int) -> Path:
+    """Rows that all differ, made from the example's."""
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    many = [{**rows[n % len(rows)], "prompt": f"{rows[n % len(rows)]['prompt']} {n}"} for n in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in many))
+    return file
+
+
+def first_step(model: Path, data: Path, folder: Path, threads: int, keep: bool = True) -> tuple[float, float]:
+    """(seconds to the first line, seconds that the first step took); keep: with the tokens of the run before."""
+    cache = folder / "cache"
+    if not keep:
+        shutil.rmtree(cache, ignore_errors=True)
     metrics = folder / "out" / "metrics.jsonl"
     command = [sys.executable, "-m", "lorafit", "train", str(model), str(data), "--out", str(folder / "out"),
                "--threads", str(threads), "--overwrite"]  # fmt: skip
     metrics.unlink(missing_ok=True)
     began = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "LORAFIT_CACHE": str(cache)}
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     try:
         while not (metrics.exists() and "\n" in (text := metrics.read_text())):
             assert child.poll() is None, f"lorafit train ended with {child.returncode}: {' '.join(command)}"
@@ -65,15 +85,20 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = folder / "rows.jsonl"
-        data.write_text("".join(line + "\n" for line in ROWS.read_text(encoding="utf-8").splitlines()[:64]))
+        few, many = (write_rows(folder / f"{count}.jsonl", count) for count in (FEW, MANY))
+        works = {f"{FEW} rows": (few, True), f"{MANY:,} rows": (many, False), f"{MANY:,} rows again": (many, True)}
         for model in map(model_file, options.models):
             found = alternate(
-                {"": lambda number, m=model: first_step(m, data, folder, options.threads)}, options.repeats
+                {
+                    name: lambda number, m=model, d=data, k=keep: first_step(m, d, folder, options.threads, k)
+                    for name, (data, keep) in works.items()
+                },
+                options.repeats,
             )
-            times = [result for _, result in found[""]]
-            rows.append([f"{model.name}: to the first line", spread([whole for whole, _ in times], 2)])
-            rows.append([f"{model.name}: of it, the step", spread([step for _, step in times], 2)])
+            for name, rounds in found.items():
+                times = [result for _, result in rounds]
+                rows.append([f"{model.name}, {name}: to the first line", spread([whole for whole, _ in times], 2)])
+                rows.append([f"{model.name}, {name}: of it, the step", spread([step for _, step in times], 2)])
     parts = alternate({name: lambda number, c=code: python(c) for name, code in PARTS.items()}, options.repeats)
     rows += [[f"imports: {name}", spread([second for second, _ in found], 2)] for name, found in parts.items()]
     page = [heading("From command to first step", options.threads), table(["", "seconds"], rows)]

@@ -67,6 +67,21 @@ def test_help_imports_nothing_heavy():
     assert found.stdout.splitlines()[-1] == "[]"
 
 
+def test_after_a_commands_imports_garbage_is_collected_as_before():
+    """Collection is on again and passes over what was imported; a process that has torch already is left alone."""
+    code = (
+        "import gc, sys\n{}from lorafit.cli import main\ntry: main(['doctor'])\nexcept SystemExit: pass\n"
+        "print(gc.isenabled(), gc.get_freeze_count())"
+    )
+    for before, frozen in (("", True), ("import torch\n", False)):
+        command = [sys.executable, "-c", code.format(before)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert found.stderr == ""
+        enabled, count = found.stdout.split()[-2:]
+        assert enabled == "True"
+        assert (int(count) > 10_000) == frozen
+
+
 def test_a_process_ends_with_the_exit_code_and_one_line():
     """`python -m lorafit` with an unknown option: code 2, nothing on standard output, one error line."""
     found = subprocess.run([sys.executable, "-m", "lorafit", "train", "--rnk", "3"], capture_output=True, text=True)

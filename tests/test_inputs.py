@@ -7,6 +7,7 @@ import pytest
 from builders.commands import write_rows
 from builders.tokenizers_tiny import tiny_tokenizer
 from lorafit.config import TrainConfig
+from lorafit.data import cache
 from lorafit.errors import ConfigError, Faults, ModelError
 from lorafit.inputs import collect_rows, read_rows, read_template
 
@@ -49,3 +50,17 @@ def test_faults_stop_unless_rows_are_skipped_and_missing_files_always_do(tmp_pat
     assert (rows.counts["rows"], rows.counts["skipped"]) == (2, 1)
     with pytest.raises(Faults, match="No such file"):
         read_rows((data, str(tmp_path / "no.jsonl")), tiny_tokenizer(), skipping, 256)
+
+
+def test_rows_counts_and_faults_are_the_same_the_second_time(tmp_path, monkeypatch):
+    """What the cache of rows gives is what there was without it, beside rows that do not read too."""
+    monkeypatch.setattr(cache, "WORTH", 0)
+    data = str(write_rows(tmp_path / "data.jsonl", [GOOD, {"prompt": None, "completion": "x"}, [1], GOOD]))
+    found = []
+    for wanted in ("0", str(tmp_path / "cache"), str(tmp_path / "cache")):
+        monkeypatch.setenv(cache.VARIABLE, wanted)
+        rows, records, faults = collect_rows((data,), tiny_tokenizer(), TrainConfig(), 256)
+        found.append((rows, records, [str(fault) for fault in faults]))
+    assert len(list((tmp_path / "cache" / "rows").iterdir())) == 1
+    assert found[0] == found[1] == found[2]
+    assert len(found[0][2]) == 2

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lorafit import console
 from lorafit.config import TrainConfig
+from lorafit.data.cache import cached_rows
 from lorafit.data.records import Record, read_records
-from lorafit.data.rows import Rows, build_rows
+from lorafit.data.rows import Rows
 from lorafit.errors import SHOWN, ConfigError, DataError, Faults
 from lorafit.formats.template import ChatTemplate
 from lorafit.formats.tokenizer import TextTokenizer
@@ -38,7 +39,7 @@ def collect_rows(
     A fault whose place is one of `paths` is of a file that does not read at all: there is no row to count.
     """
     read = read_records([Path(path) for path in paths])
-    rows = build_rows(
+    rows = cached_rows(
         read.records, tokenizer, max_length=config.max_length, trained=config.trained, context=context
     )  # fmt: skip
     bad = sum(fault.place not in paths for fault in read.faults)

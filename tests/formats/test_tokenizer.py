@@ -175,6 +175,21 @@ def test_the_fingerprint_tells_tokenizers_apart() -> None:
     assert plain.template_fingerprint() != special.template_fingerprint()
 
 
+def test_the_digest_changes_with_whatever_ids_and_texts_follow_from() -> None:
+    """Equal tokenizers have one digest; a word cut, a template or an end token more makes another."""
+    plain, cut, ends = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer()
+    assert plain.digest() == tiny_tokenizer().digest()
+    cut.backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ends.end_ids = frozenset({0, 1, 2, 3})
+    other = tiny_tokenizer(chat_template="{{ messages }}")
+    assert len({tokenizer.digest() for tokenizer in (plain, cut, ends, other, gappy_tokenizer())}) == 5
+
+
+def test_a_template_that_may_ask_for_the_time_has_no_digest() -> None:
+    """What it writes does not follow from the tokenizer alone."""
+    assert tiny_tokenizer(chat_template="{{ strftime_now(0) }}").digest() is None
+
+
 def test_without_a_template_the_plain_one_is_used() -> None:
     """has_template says which; the plain one writes BOS only for models that are served with it."""
     tokenizer = tiny_tokenizer(chat_template=None)

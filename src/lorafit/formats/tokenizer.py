@@ -177,6 +177,15 @@ class TextTokenizer:
         """sha256 (hex) of the template in use, the plain one where the model has none."""
         return hashlib.sha256(self._template_source.encode()).hexdigest()
 
+    def digest(self) -> str | None:
+        """sha256 (hex) over all that `encode` and `render` follow from; None where a template may ask for the time."""
+        if "strftime_now" in self._template_source:
+            return None
+        tokens = [self.bos_token, self.bos_id, self.eos_token, self.eos_id, self.add_bos, self.has_template]
+        sets = [sorted(self.special.items()), sorted(self.end_ids)]
+        content = [self.backend.to_str(), self._template_source, *tokens, *sets]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
 
 def end_ids(special: Mapping[str, int], named: Iterable[int]) -> frozenset[int]:
     """The ids that end a generation: those that the model's files name, and the end-of-turn tokens that it has."""
