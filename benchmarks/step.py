@@ -29,19 +29,11 @@ from benchmarks.common import (
     table,
     watch,
 )
+from benchmarks.rows import read
 from benchmarks.trainee import Trainee, random_pack, tokens_of
 
 JOBS, BASES = ("dense", "chat", "memory"), ("bf16", "packed", "nf4", "int8")
 MB = 1e6
-
-
-def read(file: str, rows: int, folder: str) -> str:
-    """The first rows of a JSONL file; GSM8K's question and answer get the names that lorafit reads."""
-    names = {"question": "prompt", "answer": "completion"}
-    lines = map(json.loads, Path(file).read_text(encoding="utf-8").splitlines()[:rows])
-    found = Path(folder) / "rows.jsonl"
-    found.write_text("\n".join(json.dumps({names.get(key, key): row[key] for key in row}) for row in lines) + "\n")
-    return str(found)
 
 
 def speed(job: str, trainees: dict[str, Trainee], repeats: int) -> list[str]:
