@@ -115,16 +115,13 @@ void product(const typename E::Item *a, int64_t a_apart, const typename E::Item 
 void transpose(const void *from, int64_t from_apart, void *to, int64_t to_apart, int64_t rows, int64_t columns) {
   const uint32_t *const source = (const uint32_t *)from;
   uint32_t *const target = (uint32_t *)to;
-  const int64_t squares = columns / SQUARE * SQUARE;
-  int64_t i = 0;
-  for (; i + SQUARE <= rows; i += SQUARE) {
-    for (int64_t j = 0; j < squares; j += SQUARE)
+  const int64_t whole_rows = rows / SQUARE * SQUARE, whole_columns = columns / SQUARE * SQUARE;
+  for (int64_t i = 0; i < whole_rows; i += SQUARE)
+    for (int64_t j = 0; j < whole_columns; j += SQUARE)
       transpose_square(source + i * from_apart + j, from_apart, target + j * to_apart + i, to_apart);
-    for (int64_t j = squares; j < columns; j++)
-      for (int64_t k = i; k < i + SQUARE; k++) target[j * to_apart + k] = source[k * from_apart + j];
-  }
-  for (; i < rows; i++)
-    for (int64_t j = 0; j < columns; j++) target[j * to_apart + i] = source[i * from_apart + j];
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; j++)
+      target[j * to_apart + i] = source[i * from_apart + j];
 }
 
 } // namespace
