@@ -37,7 +37,8 @@ class Part:
 
 
 class Group:
-    """`layers` (FrozenLinear, or LoraLinear over one) that all take the same input."""
+    """`layers` (FrozenLinear, or LoraLinear over one) that all take the same input; for one forward and backward pass,
+    between which the adapters do not change."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         bases = [layer.base if isinstance(layer, LoraLinear) else layer for layer in layers]
@@ -49,6 +50,7 @@ class Group:
         self.out_features, self.in_features = bounds[-1], self.weights[0].in_features
         self.parts: list[Part] = []
         self.rank = 0
+        self._cast: dict[tuple[str, torch.dtype], list[Tensor]] = {}
         for layer, columns in zip(layers, self.columns, strict=True):
             if isinstance(layer, LoraLinear) and layer.enabled:
                 low = slice(self.rank, self.rank + layer.adapter.rank)
@@ -67,15 +69,15 @@ class Group:
             if base.bias is not None:
                 y_TO[:, columns] += base.bias
         h_TR = self.low(x_TI)
-        for part in self.parts:
-            y_TO[:, part.columns].addmm_(h_TR[:, part.low], part.adapter.B.to(x_TI.dtype).T)
+        for part, B in zip(self.parts, self._Bs(x_TI.dtype), strict=True):
+            y_TO[:, part.columns].addmm_(h_TR[:, part.low], B.T)
         return h_TR
 
     def backward_low(self, grad_TO: Tensor) -> Tensor:
         """dh (T, R) from dy (T, O)."""
         dh_TR = grad_TO.new_empty(len(grad_TO), self.rank)
-        for part in self.parts:
-            dh_TR[:, part.low] = grad_TO[:, part.columns] @ part.adapter.B.to(grad_TO.dtype)
+        for part, B in zip(self.parts, self._Bs(grad_TO.dtype), strict=True):
+            dh_TR[:, part.low] = grad_TO[:, part.columns] @ B
         return dh_TR
 
     def backward_input(self, grad_TO: Tensor, dh_TR: Tensor, dx_TI: Tensor) -> Tensor:
@@ -111,7 +113,16 @@ class Group:
         return torch.cat([p.adapter.dropout(x_TI) @ _scaled(p.adapter, x_TI.dtype).T for p in self.parts], dim=1)
 
     def _scaled_A(self, dtype: torch.dtype) -> Tensor:
-        return torch.cat([_scaled(part.adapter, dtype) for part in self.parts])
+        """s A of all adapters, one below the other (R, I), for the forward and the backward pass."""
+        if ("A", dtype) not in self._cast:
+            self._cast["A", dtype] = [torch.cat([_scaled(part.adapter, dtype) for part in self.parts])]
+        return self._cast["A", dtype][0]
+
+    def _Bs(self, dtype: torch.dtype) -> list[Tensor]:
+        """B of each adapter, the same."""
+        if ("B", dtype) not in self._cast:
+            self._cast["B", dtype] = [part.adapter.B.to(dtype) for part in self.parts]
+        return self._cast["B", dtype]
 
     def _product(self, x_TI: Tensor, y_TO: Tensor) -> None:
         matrix_OI = self._matrix(x_TI.dtype)
