@@ -10,6 +10,7 @@ import pytest
 from builders.rows import Row
 from lorafit import machine, settings
 from lorafit.config import Resolved, TrainConfig, from_values, read_yaml, to_yaml
+from lorafit.kernels import native
 from lorafit.settings import activation_bytes, settle_for_data, settle_for_machine
 from lorafit.training.loop import Plan
 from lorafit.training.optim import auto_lr
@@ -94,6 +95,16 @@ def test_compute_follows_the_processor(monkeypatch):
         assert ("no fast bf16" in resolved.origin["compute"]) == (dtype == "fp32")
         assert settle_for_machine(Resolved(TrainConfig(compute="fp32"))).config.base == "fp32"
         assert settle_for_machine(Resolved(TrainConfig(base="fp32"))).config.compute == dtype
+
+
+def test_kernels_are_the_best_there_are():
+    """Whatever another run in this process has taken; what is given stays."""
+    native.use("plain")
+    try:
+        assert settle_for_machine(Resolved(TrainConfig())).config.kernels == native.paths()[0]
+    finally:
+        native.use(native.best())
+    assert settle_for_machine(Resolved(TrainConfig(kernels="portable"))).config.kernels == "portable"
 
 
 def test_threads_are_the_cores():

@@ -34,7 +34,7 @@ def settle_for_machine(resolved: Resolved, quantised: bool = False) -> Resolved:
     elif config.base == "auto":
         resolved = resolved.settle("base", resolved.config.compute, "auto: as compute")
     if config.kernels == "auto":
-        resolved = resolved.settle("kernels", native.path(), f"auto: {native.describe()[1]}")
+        resolved = resolved.settle("kernels", native.best(), f"auto: {native.describe()[1]}")
     if config.threads is None:
         resolved = resolved.settle("threads", machine.cores(), "auto: the cores that this process may use")
     return resolved

@@ -104,3 +104,16 @@ def test_the_structure_is_that_of_c() -> None:
     size = re.search(r"sizeof\(lorafit_weight\) == (\d+)", (NATIVE / "lorafit.cpp").read_text())
     assert size
     assert ctypes.sizeof(native.Weight) == int(size[1])
+
+
+def test_a_path_is_taken_for_a_run_and_auto_means_the_best_again() -> None:
+    """`use` takes effect at once, the twins too; a path that is not here is refused in one line."""
+    for path in [*native.paths(), native.PLAIN]:
+        native.use(path)
+        assert native.path() == path
+        assert (native.library() is None) == (path == native.PLAIN)
+        assert native.best() == native.paths()[0]
+    absent = next(path for path in ("neon", "avx2") if path not in native.paths())
+    with pytest.raises(ConfigError, match=f"^--kernels: {absent}, and this machine has "):
+        native.use(absent)
+    native.use(native.best())

@@ -1,7 +1,8 @@
 """The native CPU library (native/ in the sources): found, loaded after torch, and asked by ctypes.
 
-It is absent where it was installed without a C++ compiler; then plain torch twins do the same work slowly, to the same
-bits. LORAFIT_NATIVE=0 asks for the twins, LORAFIT_NATIVE=avx2 (or another name of `paths`) for one processor path.
+It is absent where it was installed without a C++ compiler; then plain torch twins do the same work slowly. What they
+unpack has the same bits; sums are taken in another order. LORAFIT_NATIVE=0 asks for the twins, LORAFIT_NATIVE=avx2 (or
+another name of `paths`) for one processor path.
 """
 
 from __future__ import annotations
@@ -140,6 +141,12 @@ def path() -> str:
     """The name of the kernels in use: one of `paths`, or `plain`."""
     found = library()
     return PLAIN if found is None else found.lorafit_path().decode()
+
+
+def best() -> str:
+    """The path that `auto` means: what LORAFIT_NATIVE asks for, or the best there is."""
+    wanted = os.environ.get(VARIABLE, "")
+    return PLAIN if _library() is None else wanted if wanted not in ("", "1") else paths()[0]
 
 
 def use(path: str) -> None:

@@ -65,8 +65,8 @@ def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute
         raise ConfigError("--base", f"packed, and {source.place} holds no packed weights", remedy)
     model = build(source, base, DTYPES[compute])
     weights = {path.removesuffix(".weight"): weight for path, weight in frozen_weights(model).items()}
-    if any(isinstance(weight, PackedWeight) for weight in weights.values()) and native.library() is None:
-        console.warn(f"packed weights are unpacked by plain torch, which is slow ({native.describe()[1]})")
+    if native.library() is None:
+        console.warn(f"attention, norms and packed weights run in plain torch, which is slow ({native.describe()[1]})")
     rows = head_of(model).weight.out_features
     if tokenizer.vocab_size > rows:
         what = f"has {tokenizer.vocab_size} tokens and the embedding {rows} rows"
