@@ -1,21 +1,21 @@
 """Attention over packed documents, as a function that transformers calls by name.
 
 Several rows ("documents") lie one after another in one sequence, their positions restarting at 0. Each document
-attends to itself alone, so that its outputs are what they would be alone: attention is computed document by document,
-and no mask over the whole pack ever exists. Without `documents` each batch row is one causal document. A single query
+attends to itself alone, so that its outputs are what they would be alone, and no mask over the whole pack ever exists
+(kernels/attention.py). Without `documents` each batch row is one causal document. A single query
 over more keys is a step of decoding.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
+
+from lorafit.kernels.attention import Rules, attend, attend_backward
 
 NAME = "lorafit_documents"
 
@@ -39,38 +39,33 @@ def document_attention(
     T = 1, which sees the keys in its window; visible_BS (bool): which of the cache's columns a row has filled, all if
     None. Source: ours; the layout is transformers' attention API.
     """
-    length = query_BHTD.shape[2]
+    batch, heads, length, dim = query_BHTD.shape
     if length < key_BKSD.shape[2]:
         return _newest(query_BHTD, key_BKSD, value_BKSD, scaling, sliding_window, visible_BS).transpose(1, 2), None
-    shared = query_BHTD.shape[1] // key_BKSD.shape[1]
-    if documents is None or len(documents) == 2:
-        out = _causal(query_BHTD, key_BKSD, value_BKSD, scaling, sliding_window, shared)
-        return out.transpose(1, 2), None
-    assert documents[-1] == length == key_BKSD.shape[2], "documents must cover the packed sequence"
-    parts = [
-        _causal(
-            query_BHTD[:, :, start:end],
-            key_BKSD[:, :, start:end],
-            value_BKSD[:, :, start:end],
-            scaling,
-            sliding_window,
-            shared,
-        )
-        for start, end in pairwise(documents)
-    ]
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1), None
+    bounds = documents or tuple(range(0, batch * length + 1, length))
+    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, dim) for x in (query_BHTD, key_BKSD, value_BKSD))
+    rules = Rules(dim**-0.5 if scaling is None else scaling, sliding_window)
+    out: Tensor = _WithinDocuments.apply(q, k, v, bounds, rules)
+    return out.view(batch, length, heads, dim), None
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, shared: int) -> Tensor:
-    """One document (or a batch of equally long ones): (B, H, T, D)."""
-    length, keys = q.shape[2], k.shape[2]
-    mask = None
-    if length > 1 and window is not None and window < length:
-        mask = _window_mask(length, window, str(q.device))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and length > 1 and length == keys, scale=scale,
-        enable_gqa=shared > 1,
-    )  # fmt: skip
+class _WithinDocuments(torch.autograd.Function):
+    """Our kernels under autograd: q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: tuple[int, ...], rules: Rules) -> Tensor:
+        out = torch.empty_like(q)
+        lse = attend(q, k, v, documents, rules, out)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.documents, ctx.rules = documents, rules
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        attend_backward(grad.contiguous(), q, k, v, out, lse, ctx.documents, ctx.rules, *grads)
+        return (*grads, None, None)
 
 
 def _newest(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, visible: Tensor | None) -> Tensor:
@@ -81,13 +76,6 @@ def _newest(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | 
     mask = None if visible is None else visible[:, None, None, -k.shape[2] :]
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
-
-
-@lru_cache(maxsize=64)
-def _window_mask(length: int, window: int, device: str) -> Tensor:
-    """(T, T) bool: True where query i may see key j, that is 0 <= i - j < window."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)[None, :]
-    return (distance >= 0) & (distance < window)
 
 
 def register() -> str:

@@ -42,7 +42,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient_NH = torch.empty_like(hidden_NH) if wanted else None
         for start in range(0, len(targets_N), max(1, size)):
             part = slice(start, start + size)
-            losses[part], gradient = _chunk(hidden_NH[part], targets_N[part], head, wanted)
+            losses[part], gradient = _chunk(hidden_NH[part], targets_N[part], head, wanted, most)
             if gradient_NH is not None and gradient is not None:
                 gradient_NH[part] = gradient
         ctx.gradient_NH = gradient_NH
@@ -53,11 +53,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (ctx.gradient_NH * grad_N[:, None]).to(ctx.gradient_NH.dtype), None, None
 
 
-def _chunk(hidden_CH: Tensor, targets_C: Tensor, head: Head, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Losses (C,) and, if wanted, d loss_i / d hidden_i (C, H) of one chunk."""
+def _chunk(hidden_CH: Tensor, targets_C: Tensor, head: Head, wanted: bool, most: int) -> tuple[Tensor, Tensor | None]:
+    """Losses (C,) and, if wanted, d loss_i / d hidden_i (C, H) of one chunk of at most `most` tokens."""
     weight = head.weight
     blocks = list(weight.blocks(BLOCK_WEIGHTS))
-    logits_CV = take(len(hidden_CH), weight.out_features, hidden_CH, most=len(hidden_CH))
+    logits_CV = take(len(hidden_CH), weight.out_features, hidden_CH, most)
     for start, stop in blocks:
         torch.mm(hidden_CH, weight.block(start, stop, hidden_CH.dtype).T, out=logits_CV[:, start:stop])
     losses_C = entropy(logits_CV, targets_C, head.multiplier, head.softcap, wanted)
