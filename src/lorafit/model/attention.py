@@ -43,7 +43,7 @@ def document_attention(
     if length < key_BKSD.shape[2]:
         return _newest(query_BHTD, key_BKSD, value_BKSD, scaling, sliding_window, visible_BS).transpose(1, 2), None
     bounds = documents or tuple(range(0, batch * length + 1, length))
-    q, k, v = (x.transpose(1, 2).reshape(batch * length, -1, dim) for x in (query_BHTD, key_BKSD, value_BKSD))
+    q, k, v = (x.transpose(1, 2).contiguous().view(batch * length, -1, dim) for x in (query_BHTD, key_BKSD, value_BKSD))
     rules = Rules(dim**-0.5 if scaling is None else scaling, sliding_window)
     out: Tensor = _WithinDocuments.apply(q, k, v, bounds, rules)
     return out.view(batch, length, heads, dim), None
