@@ -109,6 +109,7 @@ def prepare(resolved: Resolved) -> Job:
     config = resolved.config
     torch.set_num_threads(int(config.threads or 1))
     native.use(config.kernels)
+    machine.bound_primitives()
     tokenizer = source.tokenizer(read_template(config.template))
     data, records = read_rows(config.data, tokenizer, config, context_of(source))
     if config.eval:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from lorafit import machine
 from lorafit.adapter.attach import adapted_layers
 from lorafit.config import TrainConfig
 from lorafit.data.batch import Tokens, pack_rows
@@ -175,4 +176,5 @@ def _save(run: Run, progress: Progress, named: dict[str, nn.Parameter], optimize
     adapter = {name: parameter.detach() for name, parameter in named.items()}
     state = optimizer_tensors(optimizer, named)
     run.checkpoints.save(Checkpoint(progress, run.identity, adapter, state))
+    machine.trim()  # copies of a thousand small tensors have left holes
     run.save_seconds += time.perf_counter() - started
