@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -80,6 +81,24 @@ def test_after_a_commands_imports_garbage_is_collected_as_before():
         enabled, count = found.stdout.split()[-2:]
         assert enabled == "True"
         assert (int(count) > 10_000) == frozen
+
+
+def test_a_commands_threads_do_not_spin_unless_told_to():
+    """OpenMP is told before torch loads; who set a policy, or has torch already, keeps what he has."""
+    code = (
+        "import os\n{}from lorafit.cli import main\ntry: main(['doctor'])\nexcept SystemExit: pass\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for before, environment, said in [
+        ("", plain, "1000"),
+        ("import torch\n", plain, "None"),
+        ("", {**plain, "GOMP_SPINCOUNT": "7"}, "7"),
+        ("", {**plain, "OMP_WAIT_POLICY": "active"}, "None"),
+    ]:
+        command = [sys.executable, "-c", code.format(before)]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert found.stdout.split()[-1] == said
 
 
 def test_a_process_ends_with_the_exit_code_and_one_line():
