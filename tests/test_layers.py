@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "lorafit"
 # From the bottom up; what stands on one line may import the lines before it, and not its neighbours.
 LAYERS = [
     {"errors"},
-    {"config", "console", "machine"},
+    {"catalogue", "config", "console", "machine"},
     {"formats", "kernels"},
     {"data"},
     {"frozen"},
