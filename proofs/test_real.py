@@ -51,17 +51,22 @@ def dense_reference(file: Path):
 
 
 def test_logits_and_token_ids_equal_transformers(model_file):
-    """Token ids equal transformers' tokenizer from the file; fp32 logits differ by less than 1e-4."""
+    """Token ids equal transformers' tokenizer from the file; fp32 logits are as near to fp64's as transformers' own.
+
+    Layers of ours round in another order, so the two fp32 results are each held against fp64: at most twice the error.
+    """
     theirs = AutoTokenizer.from_pretrained(model_file.parent, gguf_file=model_file.name)
     ids = from_gguf(read_gguf(model_file)).encode(TEXT).ids
     assert ids == theirs(TEXT, add_special_tokens=False)["input_ids"]
     ids_BL = torch.tensor([ids])
     with torch.no_grad():
-        want = dense_reference(model_file)(ids_BL, use_cache=False).logits
+        reference = dense_reference(model_file)
+        single = reference(ids_BL, use_cache=False).logits
+        exact = reference.double()(ids_BL, use_cache=False).logits
         got = lorafit.load(model_file, base="fp32", compute="fp32")(input_ids=ids_BL).logits
-    difference = (got - want).abs().max().item()
-    print(f"\n{model_file.name}: max logit difference {difference:.2e} over {tuple(got.shape)}")
-    assert difference < 1e-4
+    ours, their_own = ((logits - exact).abs().max().item() for logits in (got, single))
+    print(f"\n{model_file.name}: largest error of a logit {ours:.1e}, of transformers {their_own:.1e}")
+    assert ours < 2 * their_own < 1e-3
 
 
 def test_our_adapter_in_peft_gives_our_logits(smollm2, tmp_path):
