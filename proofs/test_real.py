@@ -53,7 +53,8 @@ def dense_reference(file: Path):
 def test_logits_and_token_ids_equal_transformers(model_file):
     """Token ids equal transformers' tokenizer from the file; fp32 logits are as near to fp64's as transformers' own.
 
-    Layers of ours round in another order, so the two fp32 results are each held against fp64: at most twice the error.
+    Layers of ours round in another order, so both fp32 results are held against fp64: at most twice the error in the
+    mean (root of squares), since the largest of 9 million logits comes and goes with the number of threads.
     """
     theirs = AutoTokenizer.from_pretrained(model_file.parent, gguf_file=model_file.name)
     ids = from_gguf(read_gguf(model_file)).encode(TEXT).ids
@@ -64,9 +65,11 @@ def test_logits_and_token_ids_equal_transformers(model_file):
         single = reference(ids_BL, use_cache=False).logits
         exact = reference.double()(ids_BL, use_cache=False).logits
         got = lorafit.load(model_file, base="fp32", compute="fp32")(input_ids=ids_BL).logits
-    ours, their_own = ((logits - exact).abs().max().item() for logits in (got, single))
-    print(f"\n{model_file.name}: largest error of a logit {ours:.1e}, of transformers {their_own:.1e}")
-    assert ours < 2 * their_own < 1e-3
+    ours, their_own = ((logits - exact).pow(2).mean().sqrt().item() for logits in (got, single))
+    largest = (got - exact).abs().max().item()
+    print(f"\n{model_file.name}: error of logits {ours:.1e}, at most {largest:.1e}; of transformers' {their_own:.1e}")
+    assert ours < 2 * their_own < 1e-4
+    assert largest < 1e-3
 
 
 def test_our_adapter_in_peft_gives_our_logits(smollm2, tmp_path):
