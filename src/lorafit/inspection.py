@@ -34,6 +34,7 @@ def _model(path: Path) -> dict[str, Any]:
     return {
         "kind": "model",
         "architecture": source.config["model_type"],
+        **({"part_of": source.part_of} if source.part_of else {}),
         "parameters": parameters,
         "bytes_by_format": source.bytes_by_format(),
         "base": base_of(source.quantised),

@@ -32,7 +32,7 @@ from lorafit.frozen.fingerprint import digest, fingerprint
 from lorafit.inputs import read_rows, read_template
 from lorafit.kernels import native
 from lorafit.model import buffers
-from lorafit.model.load import Base, bytes_by_format, context_of, load_base
+from lorafit.model.load import Base, bytes_by_format, configuration, context_of, load_base
 from lorafit.model.sources import open_source
 from lorafit.settings import settle_for_data, settle_for_machine
 from lorafit.training.checkpoint import Checkpoints, Progress, single_writer
@@ -120,7 +120,7 @@ def prepare(resolved: Resolved) -> Job:
         training, evaluation = split(data.rows, config.eval_fraction, key=TokenRow.content_hash)
     if not training:
         raise ConfigError(", ".join(config.data), "leaves no row with a trained token", "raise --max-length")
-    resolved, plan = settle_for_data(resolved, training, data.max_length, source.config)
+    resolved, plan = settle_for_data(resolved, training, data.max_length, configuration(source).to_dict())
     base = load_base(source, tokenizer, resolved.config.base, resolved.config.compute)
     machine.settle_allocator(keeps=base.fused < len(base.model.get_decoder().layers))
     buffers.expect(int(resolved.config.micro_batch_tokens or 1))
@@ -293,6 +293,8 @@ def _describe(job: Job) -> None:
     layers = list(adapted_layers(job.base.model))
     trainable = sum(p.numel() for _, layer in layers for p in layer.adapter.parameters())
     console.say(f"model     {config.model}: {job.base.model.config.model_type}, {len(layers)} layers adapted")
+    if job.base.part_of:
+        console.say(f"          the text part of {job.base.part_of}: its vision tower is neither read nor trained")
     console.say(f"data      {counts['used']} rows, {counts['tokens']} tokens, "
                 f"{counts['trained_tokens']} trained; {len(job.evaluation)} rows held out")  # fmt: skip
     console.say(f"adapter   rank {config.rank}, alpha {config.alpha:g}, {trainable:,} parameters")
@@ -301,6 +303,8 @@ def _describe(job: Job) -> None:
         console.say(f"{name:<9} {getattr(config, name)}  ({job.resolved.origin.get(name, 'default')})")
     sizes = [f"{name} {console.gigabytes(size)}" for name, size in bytes_by_format(job.base.model).items()]
     console.say(f"weights   {', '.join(sizes)}; kernels {native.describe()[0]}")
+    if config.packing == "off":
+        console.say(f"packing   off  ({job.resolved.origin.get('packing', 'default')})")
     if not job.base.fused:
         console.say(f"layers    transformers' own: {job.base.model.config.model_type} has no fused ones here")
     if config.checkpointed_layers:

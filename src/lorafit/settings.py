@@ -10,6 +10,7 @@ from lorafit import machine
 from lorafit.config import Resolved
 from lorafit.data.batch import Tokens
 from lorafit.kernels import native
+from lorafit.model import architectures
 from lorafit.model.fused import FUSED_TYPES
 from lorafit.training.loop import Plan
 from lorafit.training.optim import auto_lr
@@ -52,6 +53,9 @@ def settle_for_data(
     if config.batch_size is None:
         size = 8 if n < SMALL_DATA else 16
         resolved = resolved.settle("batch_size", size, f"auto: {n} rows are {'under' if size == 8 else 'at least'} 500")
+    unpackable = architectures.unpackable(model)
+    if config.packing == "auto" and unpackable:
+        resolved = resolved.settle("packing", "off", f"auto: {unpackable}")
     if config.max_length is None:
         resolved = resolved.settle("max_length", longest, "auto: the longest row, up to the model's context")
     per_epoch = math.ceil(n / int(resolved.config.batch_size or 1))

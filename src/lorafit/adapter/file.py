@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def save_adapter(model: nn.Module, folder: str | Path, about: Mapping[str, Any] 
     others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
     if others:
         raise AdapterError(str(folder), f"holds {others[0]}, which is no adapter's file", "name another folder")
-    layers = dict(adapted_layers(model))
+    layers = {file_path(model, path): layer for path, layer in adapted_layers(model)}
     if not layers:
         raise AdapterError(str(folder), "the model has no adapter", "attach one first")
     tensors = {}
@@ -94,7 +94,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         parameter.requires_grad_(False)
     places = Places()
     for path, (a, b) in pairs.items():
-        adapter = put_adapter(model, path, a.shape[0], _alpha(config, path, a.shape[0]), 0.0, places)
+        adapter = put_adapter(model, own_path(model, path), a.shape[0], _alpha(config, path, a.shape[0]), 0.0, places)
         with torch.no_grad():
             adapter.A.copy_(a)
             adapter.B.copy_(b)
@@ -102,11 +102,25 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     return notes
 
 
+def file_path(model: nn.Module, path: str) -> str:
+    """The path in an adapter's file of the layer at `path`: PEFT's, where the model is the text part of another."""
+    return _renamed(path, getattr(model, "peft_paths", ()))
+
+
+def own_path(model: nn.Module, path: str) -> str:
+    """The inverse of `file_path`."""
+    return _renamed(path, [(theirs, own) for own, theirs in getattr(model, "peft_paths", ())])
+
+
+def _renamed(path: str, beginnings: Iterable[tuple[str, str]]) -> str:
+    return next((new + path[len(old) :] for old, new in beginnings if path.startswith(old)), path)
+
+
 def _peft_config(model: nn.Module, layers: Mapping[str, Any], base_model: str) -> dict[str, Any]:
     adapters = [layer.adapter for layer in layers.values()]
     first = adapters[0]
     names = sorted({path.rsplit(".", 1)[-1] for path in layers})
-    by_name = {path for path in linear_layers(model) if path.rsplit(".", 1)[-1] in names}
+    by_name = {path for path in linear_layers(model) if path.rsplit(".", 1)[-1] in names}  # a wrapper has others
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -194,11 +208,12 @@ def _read_pairs(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> di
     if not file.exists():
         raise AdapterError(str(folder), "holds no adapter_model.safetensors", "pickled .bin adapters are not read")
     shards = open_file(file, AdapterError)
-    layers = linear_layers(model)
+    layers = {file_path(model, path): layer for path, layer in linear_layers(model).items()}
     faults: list[LorafitError] = []
     halves: dict[str, dict[str, Tensor]] = {}
     for name in shards.shapes:
         path, half = _parse_name(name)
+        path = path if path in layers else file_path(model, path)  # made for the text model alone
         if half == "" or path not in layers or path.rsplit(".", 1)[-1] in HEADS:
             faults.append(AdapterError(f"{file}: {name}", "names no linear layer of this model"))
         else:

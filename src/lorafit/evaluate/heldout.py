@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorafit.data.batch import Tokens, pack_rows
+from lorafit.model.architectures import unpackable
 from lorafit.model.head import Head
 from lorafit.training.step import pack_losses
 
@@ -43,7 +44,8 @@ def held_out(model: nn.Module, head: Head, rows: Sequence[Tokens], budget: int) 
     """Losses of `rows` in packs of at most `budget` tokens; the model must be in eval mode. Every row must have a
     trained token after its first."""
     nats, tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
-    for pack in pack_rows(rows, range(len(rows)), budget):
+    together = not unpackable(model.config.to_dict())  # type: ignore[operator, union-attr]
+    for pack in pack_rows(rows, range(len(rows)), budget, together):
         losses_N = pack_losses(model, head, pack).double().numpy()
         numbers_N = pack.rows_T[pack.predictors_N]
         np.add.at(nats, numbers_N, losses_N)

@@ -8,6 +8,7 @@ over more keys is a step of decoding.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,16 +38,58 @@ def document_attention(
     documents: bounds of the documents in the sequence, (0, end_1, ..., T); None for one document per batch row.
     sliding_window: a token sees itself and the window - 1 tokens before it. S > T only when decoding with a cache:
     T = 1, which sees the keys in its window; visible_BS (bool): which of the cache's columns a row has filled, all if
-    None. Source: ours; the layout is transformers' attention API.
+    None. Values may be narrower than keys (multi-head latent attention). Layers of Llama 4 attend within chunks of a
+    document. Source: ours; the layout is transformers' attention API.
     """
     batch, heads, length, dim = query_BHTD.shape
+    chunk, width = _chunk(module), value_BKSD.shape[-1]
     if length < key_BKSD.shape[2]:
-        return _newest(query_BHTD, key_BKSD, value_BKSD, scaling, sliding_window, visible_BS).transpose(1, 2), None
+        columns = key_BKSD.shape[2]
+        places_B = torch.full((batch,), columns - 1) if visible_BS is None else visible_BS.sum(1) - 1
+        q = _tempered(module, query_BHTD, places_B[:, None])
+        if chunk is not None:
+            first_B1 = columns - 1 - places_B[:, None] % chunk
+            begun_BS = torch.arange(columns) >= first_B1
+            visible_BS = begun_BS if visible_BS is None else visible_BS & begun_BS
+        return _newest(q, key_BKSD, value_BKSD, scaling, sliding_window, visible_BS).transpose(1, 2), None
     bounds = documents or tuple(range(0, batch * length + 1, length))
+    query_BHTD = _tempered(module, query_BHTD, _places(bounds).view(batch, length))
+    if chunk is not None:
+        bounds = (*(n for start, end in pairwise(bounds) for n in range(start, end, chunk)), bounds[-1])
+    if width < dim:
+        value_BKSD = F.pad(value_BKSD, (0, dim - width))
     q, k, v = (x.transpose(1, 2).contiguous().view(batch * length, -1, dim) for x in (query_BHTD, key_BKSD, value_BKSD))
     rules = Rules(dim**-0.5 if scaling is None else scaling, sliding_window)
     out: Tensor = _WithinDocuments.apply(q, k, v, bounds, rules)
-    return out.view(batch, length, heads, dim), None
+    return out.view(batch, length, heads, dim)[..., :width], None
+
+
+def _chunk(module: Any) -> int | None:
+    """Tokens of the chunks that this layer attends within, counted from a document's beginning; None: all of it."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    chunked = bool(kinds) and kinds[module.layer_idx] == "chunked_attention"  # type: ignore[index]
+    return int(config.attention_chunk_size) if chunked else None  # type: ignore[union-attr]
+
+
+def _places(bounds: tuple[int, ...]) -> Tensor:
+    """Each token's place in its document."""
+    return torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
+
+
+def _tempered(module: Any, query_BHTD: Tensor, places_BT: Tensor) -> Tensor:
+    """Queries as Llama 4's layers without rotation scale them, by their place in the document: transformers has scaled
+    them by their place in the sequence, since such a layer hears nothing of positions."""
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query_BHTD
+
+    def scale(places: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+
+    had_T, wanted_BT = scale(torch.arange(query_BHTD.shape[2])), scale(places_BT)
+    if bool((had_T == wanted_BT).all()):
+        return query_BHTD
+    return query_BHTD * (wanted_BT / had_T)[:, None, :, None].to(query_BHTD.dtype)
 
 
 class _WithinDocuments(torch.autograd.Function):
@@ -75,7 +118,8 @@ def _newest(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | 
         k, v = k[:, :, -window:], v[:, :, -window:]
     mask = None if visible is None else visible[:, None, None, -k.shape[2] :]
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale).reshape(q.shape)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(*q.shape[:3], v.shape[3])
 
 
 def register() -> str:

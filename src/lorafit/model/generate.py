@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from lorafit.errors import NonFiniteError
+from lorafit.model.architectures import LINEAR_ATTENTION
 
 ROWS, TOKENS = 16, 8192  # of a batch at most: rows, and columns of the cache times rows (one row may need more)
 WINDOW = 64  # prompts among which those of like length are put together; an answer waits for no later ones
@@ -55,7 +56,7 @@ def stream(
     rooms = [min(max_tokens, context - len(prompt)) for prompt in prompts]
     known: dict[int, list[int]] = {n: [] for n, room in enumerate(rooms) if room <= 0}
     following = 0
-    for batch in _batches([len(prompt) for prompt in prompts], rooms):
+    for batch in _batches([len(prompt) for prompt in prompts], rooms, 1 if _has_state(model) else ROWS):
         draws = [_draws(seed, n) for n in batch] if temperature > 0 else []
         chosen = [prompts[n] for n in batch], [rooms[n] for n in batch]
         known.update(zip(batch, _decode(model, *chosen, end_ids, temperature, draws), strict=True))
@@ -65,13 +66,18 @@ def stream(
     yield from (known[n] for n in range(following, len(prompts)))
 
 
-def _batches(lengths: Sequence[int], rooms: Sequence[int]) -> Iterator[list[int]]:
+def _has_state(model: PreTrainedModel) -> bool:
+    """Whether layers carry a state, which rows of one batch would have to begin at the same column."""
+    return model.config.model_type in LINEAR_ATTENTION
+
+
+def _batches(lengths: Sequence[int], rooms: Sequence[int], most: int = ROWS) -> Iterator[list[int]]:
     """Numbers of the prompts that have room for an answer, those of like length together."""
     for first in range(0, len(lengths), WINDOW):
         window = [n for n in range(first, min(first + WINDOW, len(lengths))) if rooms[n] > 0]
         batch: list[int] = []
         for n in sorted(window, key=lengths.__getitem__):  # so the last is the longest, the first has the most room
-            if batch and (len(batch) == ROWS or (len(batch) + 1) * (lengths[n] + rooms[batch[0]]) > TOKENS):
+            if batch and (len(batch) == most or (len(batch) + 1) * (lengths[n] + rooms[batch[0]]) > TOKENS):
                 yield batch
                 batch = []
             batch.append(n)
@@ -96,7 +102,7 @@ def _decode(
 ) -> list[list[int]]:
     """One batch; rooms: tokens of each answer at most, 1 or more."""
     bounds = (0, *accumulate(map(len, prompts)))
-    cache = _Cache(bounds, max(rooms))
+    cache = _StateCache(model.config, bounds[1]) if _has_state(model) else _Cache(bounds, max(rooms))
     rows = list(range(len(prompts)))
     answers: list[list[int]] = [[] for _ in rows]
     logits_BV = model(
@@ -146,7 +152,7 @@ class _Cache:
         self.spans = list(pairwise(bounds))
         self.end = max(stop - start for start, stop in self.spans)  # columns that are filled
         self.columns = self.end + room - 1  # an answer's last token is never read
-        self.layers: list[Tensor] = []  # (2, B, K, S, D)
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values, (B, K, S, D) each
         self._begin([self.end - (stop - start) for start, stop in self.spans])
 
     def _begin(self, starts: list[int]) -> None:
@@ -156,29 +162,32 @@ class _Cache:
     def update(self, key_BKTD: Tensor, value_BKTD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take up what is new and return all that the new tokens may see."""
         if layer == len(self.layers):
-            self.layers.append(self._spread(key_BKTD, value_BKTD))
+            self.layers.append((self._spread(key_BKTD), self._spread(value_BKTD)))
             return key_BKTD, value_BKTD
-        filled = self.layers[layer][:, : len(self.starts), :, self.first : self.end]
-        filled[0, :, :, -1:], filled[1, :, :, -1:] = key_BKTD, value_BKTD
-        return filled[0], filled[1]
+        keys, values = (part[: len(self.starts), :, self.first : self.end] for part in self.layers[layer])
+        keys[:, :, -1:], values[:, :, -1:] = key_BKTD, value_BKTD
+        return keys, values
 
-    def _spread(self, key_1KTD: Tensor, value_1KTD: Tensor) -> Tensor:
+    def _spread(self, packed_1KTD: Tensor) -> Tensor:
         """The packed prompts as rows that end at the same column."""
-        _, heads, _, width = key_1KTD.shape
-        rows = key_1KTD.new_empty(2, len(self.starts), heads, self.columns, width)
-        rows[:, :, :, : self.end] = 0  # a hidden NaN would still spoil a sum
+        _, heads, _, width = packed_1KTD.shape
+        rows = packed_1KTD.new_empty(len(self.starts), heads, self.columns, width)
+        rows[:, :, : self.end] = 0  # a hidden NaN would still spoil a sum
         for row, (start, stop) in enumerate(self.spans):
-            for part, packed in enumerate((key_1KTD, value_1KTD)):
-                rows[part, row, :, self.starts[row] : self.end] = packed[0, :, start:stop]
+            rows[row, :, self.starts[row] : self.end] = packed_1KTD[0, :, start:stop]
         return rows
+
+    def get_seq_length(self, *_: Any) -> int:
+        """0: where its rows stand is told by `position_ids`, and by `visible_BS` to attention."""
+        return 0
 
     def keep(self, places: Sequence[int]) -> None:
         """Drop all rows but these, which move up."""
         for new, old in enumerate(places):
             if new != old:
-                for layer in self.layers:
-                    columns = slice(self.starts[old], self.end)
-                    layer[:, new, :, columns] = layer[:, old, :, columns]
+                columns = slice(self.starts[old], self.end)
+                for part in chain.from_iterable(self.layers):
+                    part[new, :, columns] = part[old, :, columns]
         self._begin([self.starts[place] for place in places])
 
     def grow(self) -> dict[str, Tensor | None]:
@@ -188,3 +197,19 @@ class _Cache:
         padded = any(start > self.first for start in self.starts)
         visible_BS = torch.arange(self.first, self.end) >= self.starts_B1 if padded else None
         return {"position_ids": positions_B1, "visible_BS": visible_BS}
+
+
+class _StateCache(DynamicCache):
+    """Keys, values and states of one row, as transformers keeps them."""
+
+    def __init__(self, config: Any, length: int) -> None:
+        super().__init__(config=config)
+        self.length = length
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Its one row stays."""
+
+    def grow(self) -> dict[str, Tensor | None]:
+        """The position of the next token."""
+        self.length += 1
+        return {"position_ids": torch.tensor([[self.length - 1]])}

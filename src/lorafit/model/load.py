@@ -7,6 +7,7 @@ be exactly the set that the model has: missing, unexpected and mis-shaped ones a
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,13 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from lorafit import console
 from lorafit.errors import ConfigError, Faults, LorafitError, ModelError
@@ -26,6 +33,7 @@ from lorafit.frozen.packed import PackedWeight, quantise
 from lorafit.frozen.weight import FrozenWeight
 from lorafit.kernels import native, ops
 from lorafit.model import attention
+from lorafit.model.architectures import IMAGE_TEXT, WRAPPERS
 from lorafit.model.fused import FusedLayer, fuse
 from lorafit.model.head import Head
 from lorafit.model.sources import WeightSource
@@ -47,11 +55,13 @@ class Base:
     """Linear layers that stay in 16 bits since their rows do not divide into the blocks of --base."""
     fused: int = 0
     """Decoder layers that we compute ourselves."""
+    part_of: str = ""
+    """The multimodal model whose text part it is, by model_type."""
 
 
 def context_of(source: WeightSource) -> int:
     """Tokens that the model was made for."""
-    return int(_configuration(source).max_position_embeddings)
+    return int(configuration(source).max_position_embeddings)
 
 
 def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute: str) -> Base:
@@ -74,15 +84,13 @@ def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute
     linear = [path for path, module in model.named_modules() if isinstance(module, FrozenLinear) and path != "lm_head"]
     kept = [path for path in linear if base in QUANTISED and isinstance(weights[path], DenseWeight)]
     fused = sum(isinstance(layer, FusedLayer) for layer in model.get_decoder().layers)
-    return Base(model, head_of(model), tokenizer, tuple(kept), fused)
+    return Base(model, head_of(model), tokenizer, tuple(kept), fused, source.part_of)
 
 
 def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedModel:
     """The frozen model of a source, streaming: one tensor above the result at most."""
-    config = _configuration(source)
-    config.use_cache = False  # with a cache, packed documents would not be kept apart
-    with _faults_of_configuration(source), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register(), dtype=compute)
+    model = empty(source, compute)
+    config = model.config
     if config.tie_word_embeddings:
         source.shapes.pop("lm_head.weight", None)  # some exports repeat the tied matrix
     check_tensors(model, source)
@@ -90,9 +98,11 @@ def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedMo
     embedding: FrozenWeight | None = None
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding):
-            embedding = _weight(source, f"{path}.weight", KEPT if base in QUANTISED else base, compute)
+            rows = _weight(source, f"{path}.weight", KEPT if base in QUANTISED else base, compute)
             scale = float(getattr(module, "scalar_embed_scale", 1.0))
-            _replace(model, path, FrozenEmbedding(embedding, compute, scale))
+            _replace(model, path, FrozenEmbedding(rows, compute, scale))
+            if path == "model.embed_tokens":  # Gemma 4 has others
+                embedding = rows
         elif isinstance(module, nn.Linear):
             tied = f"{path}.weight" not in source.shapes
             kept = path == "lm_head" and base in QUANTISED  # as QLoRA and bitsandbytes do: the head is not quantised
@@ -104,13 +114,31 @@ def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedMo
             for name, _ in module.named_parameters(recurse=False):
                 value = source.load(f"{path}.{name}").to(compute)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
+        for name, _ in module.named_buffers(prefix=path, recurse=False):
+            if name in source.shapes:  # Gemma 4's layer scalars
+                module._buffers[name.rpartition(".")[2]] = source.load(name).to(compute)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"tensors without values: {left}"
     fuse(model)
     return model.eval()
 
 
-def _configuration(source: WeightSource) -> PretrainedConfig:
+def empty(source: WeightSource, compute: torch.dtype) -> PreTrainedModel:
+    """transformers' model of a source, without memory: every tensor on the meta device."""
+    config = configuration(source)
+    config.use_cache = False  # with a cache, packed documents would not be kept apart
+    maker: type = AutoModelForImageTextToText if config.model_type in IMAGE_TEXT else AutoModelForCausalLM
+    with _faults_of_configuration(source), torch.device("meta"):
+        model: PreTrainedModel = maker.from_config(  # type: ignore[attr-defined]
+            config, attn_implementation=attention.register(), dtype=compute
+        )
+    if source.part_of:
+        model.peft_paths = WRAPPERS[source.part_of].paths  # type: ignore[assignment]
+    return model
+
+
+def configuration(source: WeightSource) -> PretrainedConfig:
+    """The source's configuration with transformers' defaults for what it leaves out. Raises ModelError."""
     with _faults_of_configuration(source):
         return AutoConfig.for_model(**source.config)
 
@@ -130,7 +158,12 @@ def check_tensors(model: PreTrainedModel, source: WeightSource) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         expected.pop("lm_head.weight")
-    found = {name: shape for name, shape in source.shapes.items() if not source.ignorable(name)}
+    ignored = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())  # by transformers, for the family
+    found = {
+        name: shape
+        for name, shape in source.shapes.items()
+        if not source.ignorable(name) and not any(re.search(pattern, name) for pattern in ignored)
+    }
     faults: list[LorafitError] = []
     for name in expected.keys() - found.keys():
         faults.append(ModelError(f"{source.place}: {name}", "is missing", "the file is incomplete"))

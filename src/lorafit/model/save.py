@@ -26,6 +26,8 @@ def save_nf4(model: PreTrainedModel, folder: str | Path) -> None:
     folder is complete or absent. Raises ConfigError when no layer is in NF4 or the folder exists.
     """
     folder, config = Path(folder), model.config
+    if hasattr(model, "peft_paths"):
+        raise ConfigError(str(folder), "the model is the text part of another", "quantise the text model's own folder")
     tensors = _tensors(model)
     if not any(name.endswith(".absmax") for name in tensors):
         raise ConfigError(str(folder), "the model has no layer in NF4", 'load it with base="nf4"')

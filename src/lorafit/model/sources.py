@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -20,8 +19,9 @@ from lorafit.formats.safetensors import BYTES, Shards, open_folder
 from lorafit.formats.tokenizer import TextTokenizer, load_tokenizer
 from lorafit.kernels import ops
 from lorafit.kernels.ops import Stored
+from lorafit.model.architectures import TEXT, WRAPPERS, own_name, text_config
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "smollm3")
+MODEL_TYPES = TEXT
 
 
 class WeightSource(ABC):
@@ -29,7 +29,9 @@ class WeightSource(ABC):
 
     place: str
     config: dict[str, Any]
-    """Fields of the Hugging Face configuration, `model_type` among them."""
+    """Fields of the text model's Hugging Face configuration, `model_type` among them."""
+    part_of: str = ""
+    """The model_type of the multimodal model whose text part it is."""
     shapes: dict[str, tuple[int, ...]]
     quantised: bool
     """Whether some matrices are stored in fewer than 16 bits."""
@@ -75,19 +77,25 @@ class FolderSource(WeightSource):
 
     def __init__(self, path: Path) -> None:
         self.place, self._path = str(path), path
-        self.config = read_config(path)
+        kind, self.config = read_config(path)
+        self.part_of = kind if kind in WRAPPERS else ""
         self._shards: Shards = open_folder(path)
         self._nf4 = bitsandbytes.read_all(self._shards.load, self._shards.shapes, str(path))
         inside = {part for name in self._nf4 for part in bitsandbytes.parts_of(name)}
-        self.shapes = {name: shape for name, shape in self._shards.shapes.items() if name not in inside}
-        self.shapes |= {name: parts.shape for name, parts in self._nf4.items()}
+        shapes = {name: shape for name, shape in self._shards.shapes.items() if name not in inside}
+        shapes |= {name: parts.shape for name, parts in self._nf4.items()}
+        self._names = {own: name for name in shapes if (own := own_name(name)) is not None}
+        self.shapes = {own: shapes[name] for own, name in self._names.items()}
+        if self.part_of and "tie_word_embeddings" not in self.config:
+            self.config["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
         self.quantised = self.packs = bool(self._nf4)
-        for name in self.shapes.keys() - self._nf4.keys():
+        for name in shapes.keys() - self._nf4.keys():
             if self._shards.dtypes[name] in ("U8", "I8"):
                 raise ModelError(place(path, name), f"has dtype {self._shards.dtypes[name]}, and no bitsandbytes parts")
         _check_sizes(self.config, len(self.shapes), path / "config.json")
 
     def stored(self, name: str) -> Stored | None:
+        name = self._names.get(name, name)
         if name not in self._nf4:
             return None
         parts = self._nf4[name]
@@ -95,9 +103,10 @@ class FolderSource(WeightSource):
 
     def load(self, name: str) -> Tensor:
         stored = self.stored(name)
-        return self._shards.load(name) if stored is None else ops.values(stored)
+        return self._shards.load(self._names.get(name, name)) if stored is None else ops.values(stored)
 
     def format(self, name: str) -> str:
+        name = self._names.get(name, name)
         return ops.NF4 if name in self._nf4 else self._shards.dtypes[name]
 
     def tokenizer(self, template: str | None) -> TextTokenizer:
@@ -145,14 +154,19 @@ class GgufSource(WeightSource):
 def _check_sizes(config: dict[str, Any], tensors: int, file: Path) -> None:
     """Work and memory follow from these numbers, so they are checked before anything is built from them."""
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    for key in (*needed, *(["max_position_embeddings"] if "max_position_embeddings" in config else [])):
-        value, most = config.get(key), tensors if key == "num_hidden_layers" else 1 << 24
+    for key in (*needed, "max_position_embeddings"):
+        if key not in config:
+            continue  # then it has transformers' default
+        value, most = config[key], tensors if key == "num_hidden_layers" else 1 << 24
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
             raise ModelError(f"{file}: {key}", f"is {value!r}, not 1 to {most}", "the folder is damaged")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as data: known model types only, no code. Raises ModelError, naming the nearest known type."""
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """config.json as data, no code: the model's type, and the configuration of its text part.
+
+    Raises ModelError for what we do not know, naming the nearest known type.
+    """
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -160,11 +174,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(str(folder), "holds no config.json", "give a Hugging Face model folder") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(str(file), f"does not read: {error}", "download it again") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in MODEL_TYPES:
-        near = difflib.get_close_matches(str(kind), MODEL_TYPES, 1)
-        remedy = f"the nearest supported one is {near[0]}" if near else f"supported: {', '.join(MODEL_TYPES)}"
-        raise ModelError(f"{file}: model_type", f"{kind!r} is not supported yet", remedy)
+    if not isinstance(config, dict):
+        raise ModelError(str(file), "holds no object", "download it again")
+    text = text_config(config, str(file), MODEL_TYPES)
     _check_quantization(config.get("quantization_config"), f"{file}: quantization_config")
     drop = (
         "quantization_config",
@@ -175,7 +187,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         "dtype",
         "_name_or_path",
     )
-    return {key: value for key, value in config.items() if key not in drop}
+    return str(config["model_type"]), {key: value for key, value in text.items() if key not in drop}
 
 
 def _check_quantization(found: Any, place: str) -> None:
