@@ -17,7 +17,12 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from transformers import PreTrainedModel
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+ARCHITECTURES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3",
+    "granite": "granite", "smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3", "olmo2": "olmo2",
+    "olmo3": "olmo2",
+}  # fmt: skip
+INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 
 
 def write_tiny_gguf(
@@ -82,7 +87,39 @@ def _model_metadata(model: PreTrainedModel, arch: str) -> dict[str, Any]:
         metadata["attention.sliding_window_pattern"] = config.layer_types.index("full_attention") + 1
         if config.final_logit_softcapping:
             metadata["final_logit_softcapping"] = config.final_logit_softcapping
+    metadata |= _own_metadata(config, arch)
     return {f"{arch}.{key}": value for key, value in metadata.items()}
+
+
+def _own_metadata(config: Any, arch: str) -> dict[str, Any]:
+    """What the converter of one family writes besides."""
+    rope = config.rope_parameters
+    metadata: dict[str, Any] = {}
+    if rope.get("rope_type") == "yarn":
+        metadata |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(rope["factor"]),
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": float(rope["beta_fast"]),
+            "rope.scaling.yarn_beta_slow": float(rope["beta_slow"]),
+        }
+    if arch == "mistral3" and config.model_type == "ministral3":
+        metadata["rope.scaling.yarn_log_multiplier"] = float(rope["mscale_all_dim"])
+        metadata["attention.temperature_scale"] = float(rope["llama_4_scaling_beta"])
+    if arch == "granite":
+        metadata["attention.scale"] = float(config.attention_multiplier)
+        metadata["embedding_scale"] = float(config.embedding_multiplier)
+        metadata["residual_scale"] = float(config.residual_multiplier)
+        metadata["logit_scale"] = float(config.logits_scaling)
+    if arch == "phi3":
+        head_dim = config.hidden_size // config.num_attention_heads
+        metadata["rope.scaling.original_context_length"] = config.original_max_position_embeddings
+        metadata["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        metadata["attention.sliding_window"] = config.sliding_window or 0
+    if config.model_type == "olmo3":
+        metadata["attention.sliding_window"] = config.sliding_window
+        metadata["attention.sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
+    return metadata
 
 
 def _file_tensors(model: PreTrainedModel, arch: str) -> dict[str, np.ndarray]:
@@ -94,9 +131,9 @@ def _file_tensors(model: PreTrainedModel, arch: str) -> dict[str, np.ndarray]:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = parameter.detach().float().numpy()
-        if arch == "llama" and ".q_proj." in name:
+        if arch in INTERLEAVED and ".q_proj." in name:
             values = _interleaved(values, config.num_attention_heads)
-        if arch == "llama" and ".k_proj." in name:
+        if arch in INTERLEAVED and ".k_proj." in name:
             values = _interleaved(values, config.num_key_value_heads)
         if arch == "gemma3" and name.endswith("norm.weight"):
             values = values + np.float32(1)

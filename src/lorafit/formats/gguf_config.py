@@ -18,6 +18,7 @@ UNSUPPORTED = "use another model"
 TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 MAX_CONTEXT = 1 << 31  # tokens
 GEMMA3_27B_LAYERS = 62  # llama.cpp knows this size by its layers: its queries are scaled by the model's width
+NO_ROPE_EVERY = 4  # layers of SmolLM 3 between those without rotation, as llama.cpp has it
 LLAMA3_CONTEXT, LLAMA3_LOW, LLAMA3_HIGH = 8192, 1.0, 4.0  # the same in every model of the Llama 3 series
 
 
@@ -53,9 +54,67 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
     }
     if architecture != "qwen2":  # whose attention always has biases
         config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
-    if architecture == "llama":
+    if architecture in ("llama", "granite", "smollm3"):
         config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
-    return config | (_gemma3(gguf, config) if architecture == "gemma3" else {})
+    own = {"gemma3": _gemma3, "granite": _granite, "mistral3": _mistral3, "olmo2": _olmo2, "phi3": _phi3}.get(
+        architecture
+    )
+    more = {"no_rope_layer_interval": NO_ROPE_EVERY} if architecture == "smollm3" else {}
+    return config | more | (own(gguf, config) if own else {})
+
+
+def _granite(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """The factors that Granite multiplies with, and the one that it divides its logits by."""
+    fields = {
+        "attention_multiplier": ("attention.scale", config["head_dim"] ** -0.5),
+        "embedding_multiplier": ("embedding_scale", 1.0),
+        "residual_multiplier": ("residual_scale", 1.0),
+        "logits_scaling": ("logit_scale", 1.0),
+    }
+    return {field: _positive(gguf, f"granite.{key}", default) for field, (key, default) in fields.items()}
+
+
+def _mistral3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Ministral 3, whose queries grow with their position; Mistral Small 3, whose do not, is a plain Mistral."""
+    scale = gguf.value("mistral3.attention.temperature_scale", float, 0.0)
+    rope = config["rope_parameters"]
+    if rope["rope_type"] != "yarn":
+        if scale:
+            key = "mistral3.attention.temperature_scale"
+            raise fault(gguf, key, f"is {scale} without the rotary scaling yarn", UNSUPPORTED)
+        return {"model_type": "mistral", "sliding_window": None}
+    return {"sliding_window": None, "rope_parameters": {**rope, "llama_4_scaling_beta": float(str(np.float32(scale)))}}
+
+
+def _olmo2(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """OLMo 3 where there is a sliding window, which every fourth layer has not if the file does not say which."""
+    window = gguf.value("olmo2.attention.sliding_window", int, 0)
+    if not window:
+        return {}
+    layers = config["num_hidden_layers"]
+    key = "olmo2.attention.sliding_window_pattern"
+    slides = gguf.metadata.get(key, [(n + 1) % 4 != 0 for n in range(layers)])
+    if not isinstance(slides, list) or len(slides) != layers or not all(type(one) is bool for one in slides):
+        raise fault(gguf, key, f"holds no truth value for each of the {layers} layers")
+    return {
+        "model_type": "olmo3",
+        "sliding_window": count(gguf, "olmo2.attention.sliding_window"),
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in slides],
+    }
+
+
+def _phi3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+    """Phi 3 and 4: a window of 0 is none, and a head may be rotated in part."""
+    for name in ("rope_factors_long.weight", "rope_factors_short.weight"):
+        if name in gguf.tensors:
+            raise fault(gguf, name, "rotary scaling by tables is not supported yet", UNSUPPORTED)
+    share = gguf.value("phi3.rope.dimension_count", int, config["head_dim"]) / config["head_dim"]
+    rope = {**config["rope_parameters"], "partial_rotary_factor": share}
+    return {
+        "sliding_window": gguf.value("phi3.attention.sliding_window", int, 0) or None,
+        "rope_parameters": rope,
+        "original_max_position_embeddings": config["max_position_embeddings"],
+    }
 
 
 def _gemma3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +153,8 @@ def _head_dim(gguf: GgufFile, usual: int) -> int:
     """Features of a head; queries, keys and values must have the same number, all of them rotated."""
     architecture = gguf.metadata["general.architecture"]
     head_dim = count(gguf, f"{architecture}.attention.key_length", usual)
-    for name in ("attention.value_length", "rope.dimension_count"):
+    partly = ("rope.dimension_count",) if architecture != "phi3" else ()
+    for name in ("attention.value_length", *partly):
         value = count(gguf, f"{architecture}.{name}", head_dim)
         if value != head_dim:
             what = f"is {value} where a key has {head_dim} features, which is not supported yet"
@@ -110,7 +170,10 @@ def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
     theta = _positive(gguf, f"{prefix}freq_base", 10000.0)
     kind = gguf.value(f"{prefix}scaling.type", str, "linear")
     factor = _positive(gguf, f"{prefix}scaling.factor", 1.0)
-    read = {f"{prefix}scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")}
+    known = ("type", "factor", "original_context_length", "finetuned")
+    if architecture in ("mistral3", "olmo2"):  # their converters write all of it
+        known += ("yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier", "yarn_attn_factor")
+    read = {f"{prefix}scaling.{name}" for name in known}
     other = sorted(key for key in gguf.metadata if key.startswith(f"{prefix}scal") and key not in read)
     if other and kind != "none":
         raise fault(gguf, other[0], "this part of rotary scaling is not supported yet", UNSUPPORTED)
@@ -125,6 +188,13 @@ def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
     if kind == "yarn":
         key = f"{prefix}scaling.original_context_length"
         rope["original_max_position_embeddings"] = count(gguf, key, most=MAX_CONTEXT)
+        fields = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
+        for field, name in fields.items():
+            if f"{prefix}scaling.{name}" in gguf.metadata:
+                rope[field] = _positive(gguf, f"{prefix}scaling.{name}")
+        if f"{prefix}scaling.yarn_log_multiplier" in gguf.metadata:
+            every = gguf.value(f"{prefix}scaling.yarn_log_multiplier", float)
+            rope |= {"mscale": 1.0, "mscale_all_dim": float(str(np.float32(every)))}
     return rope
 
 

@@ -40,6 +40,8 @@ GEMMA_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}  # gate's rows come first in both
+NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 ROPE_FACTORS = "rope_freqs.weight"
 MAX_WIDTH = 1 << 20  # features, heads, layers
 
@@ -57,11 +59,20 @@ class Family:
     """The file's norms multiply by what it holds; transformers' multiply by one more than their weight."""
 
 
+def _without(names: dict[str, str], *left_out: str) -> dict[str, str]:
+    return {ours: theirs for ours, theirs in names.items() if ours not in left_out}
+
+
 FAMILIES = {
     "llama": Family("llama", LAYER, interleaved=True),
     "qwen2": Family("qwen2", LAYER),
     "qwen3": Family("qwen3", LAYER | HEAD_NORMS),
     "gemma3": Family("gemma3_text", LAYER | HEAD_NORMS | GEMMA_NORMS, norms_plus_one=True),
+    "granite": Family("granite", LAYER, interleaved=True),
+    "smollm3": Family("smollm3", LAYER, interleaved=True),
+    "mistral3": Family("ministral3", LAYER, interleaved=True),
+    "phi3": Family("phi3", _without(LAYER, "attn_q", "attn_k", "attn_v", "ffn_gate") | FUSED),
+    "olmo2": Family("olmo2", _without(LAYER, "attn_norm", "ffn_norm") | HEAD_NORMS | NORMS_BEHIND),
 }
 
 
