@@ -77,6 +77,15 @@ def test_a_target_that_matches_nothing_names_what_exists():
         lorafit.attach(Toy(), targets=["q_porj"])
 
 
+def test_a_rank_above_the_layers_size_is_refused():
+    """More than its rows or columns no change of a layer can have: the layer is named, and nothing is attached."""
+    toy = Toy()
+    with pytest.raises(ConfigError, match=r"--rank: is 9, and blocks.0.q_proj has 8 x 8 weights; give at most 8"):
+        lorafit.attach(toy, rank=9, alpha=9)
+    assert not list(adapted_layers(toy))
+    assert lorafit.attach(toy, rank=8) is toy
+
+
 def test_attaching_twice_is_refused():
     """A second adapter on the same layer is an error, not a silent stack."""
     toy = lorafit.attach(Toy(), targets=["q_proj"])

@@ -54,6 +54,8 @@ LINES = [
     (answered({"a": 1}), "messages[1].content is an object"),
     (answered([{"type": "image_url", "image_url": {}}]), 'of type "image_url": not supported yet'),
     (answered([{"type": "text"}]), "messages[1].content[0].text is null"),
+    ('{"prompt": "<image> q", "completion": "a", "images": ["x.png"]}', "the row has images, which no model"),
+    (beside(image="x.png"), "the row has image, which no model is trained on yet"),
     (answered(["a"]), 'messages[1].content[0] is text "a", not an object'),
     (messages(user("q"), {"role": "tool", "content": None}, assistant("a")), "messages[1].content is null"),
     (messages({"role": "robot", "content": "q"}, assistant("a")), 'unknown role "robot" at messages[0].role'),

@@ -74,16 +74,28 @@ def attach(
     """Freeze `model` and put a new adapter on each layer that `targets` name; the same object comes back.
 
     Works on any torch module. The adapter changes no output until it is trained. Each adapter's start is a function
-    of (seed, path) alone. Raises ConfigError when a target matches nothing or a layer has an adapter already.
+    of (seed, path) alone. Raises ConfigError when a target matches nothing, a layer has an adapter already, or a rank
+    is above its layer's size.
     """
     paths = select(model, [targets] if isinstance(targets, str) else targets)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     places = Places()
     for path in paths:
+        check_rank(model, path, rank)
+    for path in paths:
         put_adapter(model, path, rank, alpha, dropout, places).start(_generator(seed, path))
     model.lora_places = places  # type: ignore[assignment]
     return model
+
+
+def check_rank(model: nn.Module, path: str, rank: int) -> None:
+    """Raises ConfigError for a rank that is more than a change of this layer can have."""
+    layer = model.get_submodule(path)
+    rows, columns = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+    if rank > min(rows, columns):
+        what = f"is {rank}, and {path} has {rows} x {columns} weights"
+        raise ConfigError("--rank", what, f"give at most {min(rows, columns)}, or --targets without it")
 
 
 def put_adapter(

@@ -20,6 +20,7 @@ FORMATS = (
 )
 """(name, keys that every row has, keys that hold the answer and may be missing when one is to be generated)."""
 
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")  # keys of what is no text
 KNOWN = "messages | conversations | prompt and completion | instruction and output | text"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -45,9 +46,14 @@ class FormatError(ShapeError):
 
 
 def format_of(row: Any, for_training: bool) -> str:
-    """The name of the row's format. Raises FormatError for a row that has none."""
+    """The name of the row's format. Raises FormatError for a row that has none, ShapeError for one with images."""
     if not isinstance(row, dict):
         raise FormatError(f"the row is {_kind(row)}, not an object", f"give objects with the keys {KNOWN}")
+    for key in MEDIA:
+        if row.get(key):
+            raise ShapeError(
+                f"the row has {key}, which no model is trained on yet", "remove the row, or give text only"
+            )
     if "chosen" in row and "rejected" in row:
         raise FormatError("preference rows are not supported yet", f"give rows with the keys {KNOWN}")
     for name, given, answer in FORMATS:
