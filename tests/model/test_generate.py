@@ -165,3 +165,20 @@ def test_one_damaged_row_is_not_hidden_by_the_others(tmp_path):
     assert fine
     with pytest.raises(NonFiniteError, match="NaN or infinity at answer token 4"):
         generate(model, [*fine, PROMPT], max_tokens=6, end_ids=())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_come_one_by_one_and_are_the_whole_answer(model, temperature):
+    """What generate gives for the prompt alone; each token before the next is computed; none where there is no room."""
+    words = {"max_tokens": 9, "end_ids": (), "temperature": temperature, "seed": 5}
+    [expected] = generate(model, [PROMPT], **words)
+    sizes: list[int] = []
+    with batch_sizes(model, sizes):
+        seen = []
+        for token in module.tokens(model, PROMPT, **words):
+            seen.append(token)
+            assert len(sizes) == len(seen)
+    assert seen == expected
+    assert list(module.tokens(model, [7] * 256, **words)) == []
+    stops = {**words, "end_ids": {expected[3]}}
+    assert list(module.tokens(model, PROMPT, **stops)) == expected[: expected.index(expected[3])]

@@ -91,7 +91,23 @@ def _draws(seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(mixed, "little"))
 
 
-@torch.no_grad()
+def tokens(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    end_ids: Collection[int],
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The answer to one prompt, each token as soon as it is chosen; what `generate` gives for it alone."""
+    room = min(max_tokens, int(model.config.max_position_embeddings) - len(prompt))
+    if room > 0:
+        draws = [_draws(seed, 0)] if temperature > 0 else []
+        for step in _steps(model, [prompt], [room], end_ids, temperature, draws):
+            yield from (token for _, token in step)
+
+
 def _decode(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -100,11 +116,27 @@ def _decode(
     temperature: float,
     draws: Sequence[torch.Generator],
 ) -> list[list[int]]:
-    """One batch; rooms: tokens of each answer at most, 1 or more."""
+    """One batch, whole; rooms: tokens of each answer at most, 1 or more."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for step in _steps(model, prompts, rooms, end_ids, temperature, draws):
+        for row, token in step:
+            answers[row].append(token)
+    return answers
+
+
+@torch.no_grad()
+def _steps(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    rooms: Sequence[int],
+    end_ids: Collection[int],
+    temperature: float,
+    draws: Sequence[torch.Generator],
+) -> Iterator[list[tuple[int, int]]]:
+    """One batch, a step at a time: (row, token) of the rows whose answer goes on."""
     bounds = (0, *accumulate(map(len, prompts)))
     cache = _StateCache(model.config, bounds[1]) if _has_state(model) else _Cache(bounds, max(rooms))
-    rows = list(range(len(prompts)))
-    answers: list[list[int]] = [[] for _ in rows]
+    rows, length = list(range(len(prompts))), 0
     logits_BV = model(
         input_ids=torch.tensor([list(chain.from_iterable(prompts))]),
         position_ids=torch.cat([torch.arange(len(prompt)) for prompt in prompts])[None],
@@ -114,22 +146,20 @@ def _decode(
         logits_to_keep=torch.tensor(bounds[1:]) - 1,
     ).logits[0]
     while True:
+        length += 1
         if not math.isfinite(logits_BV.sum()):  # of one NaN or infinity the sum is one too
-            what = f"hold NaN or infinity at answer token {len(answers[rows[0]]) + 1}"
+            what = f"hold NaN or infinity at answer token {length}"
             raise NonFiniteError("logits", what, "the model or adapter is damaged, or try --compute fp32")
-        going = []
-        for place, token in enumerate(_choose(logits_BV, temperature, [draws[row] for row in rows] if draws else [])):
-            answer = answers[rows[place]]
-            if token not in end_ids:
-                answer.append(token)
-                if len(answer) < rooms[rows[place]]:
-                    going.append(place)
+        chosen = _choose(logits_BV, temperature, [draws[row] for row in rows] if draws else [])
+        told = [place for place, token in enumerate(chosen) if token not in end_ids]
+        yield [(rows[place], chosen[place]) for place in told]
+        going = [place for place in told if length < rooms[rows[place]]]
         if not going:
-            return answers
+            return
         if len(going) < len(rows):
             cache.keep(going)
             rows = [rows[place] for place in going]
-        newest_B1 = torch.tensor([answers[row][-1:] for row in rows])
+        newest_B1 = torch.tensor([[chosen[place]] for place in going])
         logits_BV = model(input_ids=newest_B1, past_key_values=cache, use_cache=True, **cache.grow()).logits[:, -1]
 
 
