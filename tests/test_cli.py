@@ -51,11 +51,17 @@ def test_train_has_an_option_for_every_setting_with_its_meaning_and_default():
             assert wanted in shown, name
 
 
-def test_eval_says_what_exact_match_does():
-    """The flag and its bound stand in the help, with the bound's default."""
+def test_eval_names_every_metric():
+    """The metrics, what is short for one of them, and the bound of an answer with its default."""
     shown = squeezed(run("eval", "--help").out)
-    assert squeezed("--exact-match Also answer every row") in shown
-    assert squeezed("Tokens per answer of --exact-match at most. [default: 256]") in shown
+    for words in (
+        "exact and normalised match, choice",
+        "json",
+        "bleu, rouge",
+        "--exact-match The same as --metrics exact",
+    ):
+        assert squeezed(words) in shown
+    assert squeezed("Tokens per answer at most. [default: 256]") in shown
 
 
 def test_help_imports_nothing_heavy():

@@ -1,12 +1,10 @@
-"""preview, eval and generate as commands: what they print, exactly as the specification has it."""
+"""preview and generate as commands: what they print, exactly as the specification has it."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -15,7 +13,6 @@ import torch
 
 import lorafit
 from builders.commands import World, one_core, run, write_rows
-from builders.models import save_folder, tiny_model
 from builders.tokenizers_tiny import tiny_tokenizer
 from lorafit.errors import AdapterError, ConfigError, ModelError
 
@@ -142,138 +139,6 @@ def test_preview_colours_what_is_trained(world, tmp_path):
     assert green == "␛[31mred␍ ok<|im_end|>"
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert SYSTEM + "<|im_start|>user\nSay [bold]:memo:<|im_end|>\n" in plain
-
-
-FIGURES = ["loss", "tokens", "perplexity", "bits_per_byte", "difference"]
-
-
-def test_eval_json_has_the_base_first_and_its_figures_follow_from_each_other(world, tmp_path):
-    """A list with the specification's keys; perplexity, bits per byte and differences are functions of the losses."""
-    other = tmp_path / "copy"
-    shutil.copytree(world.out / "adapter", other)
-    adapters = ("--adapter", world.out / "adapter", "--adapter", other)
-    forget = write_rows(tmp_path / "forget.jsonl", [{"text": "The ships leave the harbour."}, {"text": "日本 wins."}])
-    outcome = run("eval", world.model, world.test, *adapters, "--forget-on", forget, "--json", *FP32)
-    assert outcome.code == 0, outcome.err
-    base, first, second = outcome.json
-    assert (base["adapter"], first["adapter"], second["adapter"]) == (None, str(world.out / "adapter"), str(other))
-    assert all(list(entry) == ["adapter", *FIGURES, "forget"] for entry in outcome.json)
-    assert {key: first[key] for key in FIGURES} == {key: second[key] for key in FIGURES}
-    for entry in outcome.json:
-        for figures, plain in ((entry, base), (entry["forget"], base["forget"])):
-            assert list(figures["difference"]) == ["mean", "low", "high"]
-            gap = figures["difference"]
-            assert gap["low"] <= gap["mean"] <= gap["high"]
-            assert gap["mean"] == pytest.approx(figures["loss"] - plain["loss"], abs=1e-9)
-            assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
-    assert base["difference"] == {"mean": 0, "low": 0, "high": 0}
-    answers = [json.loads(line)["completion"] for line in world.test.read_text().splitlines()]
-    trained_bytes = sum(len((answer + "<|im_end|>").encode()) for answer in answers)
-    bits = base["loss"] * base["tokens"] / math.log(2)
-    assert base["bits_per_byte"] == pytest.approx(bits / trained_bytes)
-
-
-def test_eval_gives_the_losses_of_the_report(world):
-    """Same rows, same adapter: report.json's losses within 1e-6, from the folder and from the GGUF file."""
-    report = world.result.report
-    for model in (world.model, world.gguf):
-        outcome = run("eval", model, world.test, "--adapter", world.out / "adapter", "--json", *FP32)
-        base, adapter = outcome.json
-        assert base["loss"] == pytest.approx(report["base_loss"], abs=1e-6)
-        assert adapter["loss"] == pytest.approx(report["adapter_loss"], abs=1e-6)
-        assert adapter["difference"] == pytest.approx(report["difference"], abs=1e-6)
-
-
-def test_eval_prints_tables_on_standard_output(world, tmp_path):
-    """A line for the base and one per adapter with its interval; a second table for --forget-on."""
-    forget = write_rows(tmp_path / "forget.jsonl", [{"text": "The ships leave."}])
-    adapter = world.out / "adapter"
-    outcome = run("eval", world.model, world.test, "--adapter", adapter, "--forget-on", forget, *FP32)
-    assert outcome.code == 0
-    base, adapted = world.result.report["base_loss"], world.result.report["adapter_loss"]
-    assert re.search(rf"^\(base\) +{base:.4f} ", outcome.out, re.M)
-    gap = rf"{adapted - base:+.4f}".replace("+", r"\+")
-    assert re.search(rf"^{re.escape(str(adapter))} +{adapted:.4f} .* {gap} \(.* to .*\)$", outcome.out, re.M)
-    assert f"on {forget}\n" in outcome.out
-    assert len(re.findall(r"^\(base\)", outcome.out, re.M)) == 2
-    assert "error" not in outcome.err
-
-
-def test_one_row_has_no_interval(world, tmp_path):
-    """The mean of one row's difference is known, its bounds are null: JSON has no infinity."""
-    one = write_rows(tmp_path / "one.jsonl", [{"prompt": "a", "completion": "b"}])
-    outcome = run("eval", world.model, one, "--adapter", world.out / "adapter", "--json", *FP32)
-    gap = outcome.json[1]["difference"]
-    assert gap["mean"] == pytest.approx(outcome.json[1]["loss"] - outcome.json[0]["loss"])
-    assert (gap["low"], gap["high"]) == (None, None)
-    assert run("eval", world.model, one, "--adapter", world.out / "adapter", *FP32).code == 0
-
-
-def test_exact_match_counts_answers_that_are_the_rows_own(world, tmp_path):
-    """Rows that say what the base answers, but one: base 3 of 4; the adapter's count is that of its own answers."""
-    adapter = ("--adapter", world.out / "adapter")
-    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": f"Say {word}"} for word in ("a", "ships", "日本", "3")])
-    said = [json.loads(line) for line in run("generate", world.model, "--data", asked, *FEW).out.splitlines()]
-    adapted = [
-        json.loads(line) for line in run("generate", world.model, "--data", asked, *adapter, *FEW).out.splitlines()
-    ]
-    assert all(row["output"].strip() for row in said)
-    rows = [{"prompt": row["prompt"], "completion": f" {row['output']}\n"} for row in said]
-    rows[1]["completion"] += "more"
-    data = write_rows(tmp_path / "data.jsonl", rows)
-    words = ("eval", world.model, data, *adapter, "--exact-match", *FEW)
-    base, other = run(*words, "--json").json
-    assert list(base) == list(other) == ["adapter", *FIGURES, "exact_match"]
-    assert base["exact_match"] == {"share": 0.75, "rows": 4, "matches": 3}
-    equal = sum(a["output"].strip() == row["completion"].strip() for a, row in zip(adapted, rows, strict=True))
-    assert equal < 3
-    assert other["exact_match"] == {"share": equal / 4, "rows": 4, "matches": equal}
-    table = run(*words).out.splitlines()
-    assert re.search(r"exact match$", table[0])
-    assert re.search(r"^\(base\) .* 75\.0%$", table[1])
-    assert re.search(rf" {equal / 4:.1%}$", table[2])
-
-
-def test_exact_match_asks_for_the_last_answer(world, tmp_path):
-    """All messages before the last assistant turn are the prompt, whatever follows it; text to forget is not asked."""
-    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    talk += [{"role": "user", "content": "Who counts?"}]
-    chat = write_rows(tmp_path / "chat.jsonl", [{"messages": talk}])
-    output = run("generate", world.model, "--data", chat, *FEW, "--json").json["output"]
-    answered = [*talk, {"role": "assistant", "content": output}]
-    rows = [{"messages": answered}, {"messages": [*answered, talk[0]]}, {"messages": talk}]
-    data = write_rows(tmp_path / "data.jsonl", rows)
-    forget = write_rows(tmp_path / "forget.jsonl", [{"text": "The ships leave."}])
-    [base] = run("eval", world.model, data, "--exact-match", "--forget-on", forget, "--json", *FEW).json
-    assert base["exact_match"] == {"share": 2 / 3, "rows": 3, "matches": 2}
-    assert list(base["forget"]) == FIGURES
-
-
-def test_eval_refuses_what_it_cannot_measure(world, tmp_path):
-    """Another base's adapter, a damaged model, rows with nothing to measure: one line, no half table."""
-    other = save_folder(tiny_model("llama", seed=1), tmp_path / "other")
-    nan = tiny_model("llama")
-    with torch.no_grad():
-        nan.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    save_folder(nan, tmp_path / "nan")
-    adapter = ("--adapter", world.out / "adapter")
-    text = write_rows(tmp_path / "text.jsonl", [{"text": "Once upon"}])
-    long = write_rows(tmp_path / "long.jsonl", [{"prompt": "word " * 300, "completion": "a"}])
-    for command, says in [
-        ((world.model, text, "--exact-match"), f"--exact-match: {text}:1 holds no assistant's words"),
-        ((world.model, long, "--exact-match", "--trained", "all"), f"{long}:1: has "),
-        ((world.model, world.test, "--max-tokens", 0), "Invalid value for '--max-tokens'"),
-        ((other, world.test, *adapter), "does not belong to this base"),
-        ((tmp_path / "nan", world.test), "gives loss nan"),
-        ((world.model, world.test, "--adapter", tmp_path), "adapter_config.json: does not exist"),
-        ((world.model, world.test, "--max-length", 2), "leaves no row with a trained token"),
-        ((world.model, world.test, "--forget-on", tmp_path / "no.jsonl"), "No such file or directory"),
-    ]:
-        outcome = run("eval", *command, *FP32)
-        assert (outcome.code, outcome.out) == (2, ""), outcome
-        assert outcome.err.startswith("error: ")
-        assert says in outcome.err
-        assert outcome.err.count("\n") == 1
 
 
 def plain_answer(model, tokenizer, rendered: str, tokens: int) -> str:

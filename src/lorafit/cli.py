@@ -92,6 +92,10 @@ def _wait_without_spinning() -> None:
         os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
+METRICS_HELP = """Also measure answers, separated by commas: exact and normalised match, choice (the likeliest of a
+set of labels), json (validity and field F1), bleu, rouge. Default: losses alone."""
+
+
 class NumberOrAuto(click.ParamType):
     """A number, or `auto` for what the option's help says of its default."""
 
@@ -208,19 +212,21 @@ def preview(**options: Any) -> int:
 @click.argument("data", nargs=-1, required=True)
 @click.option("--adapter", "adapters", multiple=True, metavar="DIR", help="Adapter to compare with the base; several.")
 @click.option("--forget-on", metavar="FILE", help="Text that was not trained: has the adapter made it worse?")
-@click.option("--exact-match", is_flag=True, help="Also answer every row: how many answers are the row's own?")
+@click.option("--metrics", metavar="NAMES", help=METRICS_HELP)
+@click.option("--labels", metavar="FILE", help="Labels of choice, one a line. Default: the answers in DATA.")
+@click.option("--exact-match", is_flag=True, help="The same as --metrics exact.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
     default=256,
-    help="Tokens per answer of --exact-match at most. [default: 256]",
+    help="Tokens per answer at most. [default: 256]",
 )
 @config_options("base", "compute", "threads", "max_length", "trained", "template", "skip_bad_rows")
 @click.option("--json", "as_json", is_flag=True, help="A JSON list on standard output.")
 def evaluate(**options: Any) -> None:
     """Held-out loss of MODEL and of each adapter on DATA, with a paired interval for the difference."""
     with _importing():
-        from lorafit.use import evaluate as measure
+        from lorafit.evaluation import evaluate as measure
 
     measure(_settings(options), **options)
 
@@ -242,6 +248,16 @@ def generate(**options: Any) -> None:
         from lorafit.use import answer
 
     answer(_settings(options), **options)
+
+
+@cli.command()
+@click.argument("out")
+def report(out: str) -> None:
+    """Draw OUT/report.html anew from the run's report.json and metrics.jsonl."""
+    with _importing():
+        from lorafit.evaluate.report import redraw
+
+    console.result(str(redraw(Path(out))))
 
 
 @cli.command()

@@ -184,6 +184,7 @@ def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float) -
     save_adapter(job.base.model, out / "adapter", about)
     report = finish_report(
         out,
+        resolved=job.resolved,
         base=job.base,
         data=job.data,
         evaluation=job.evaluation,

@@ -1,4 +1,4 @@
-"""What one does with a model and an adapter besides training: load, preview, eval, generate."""
+"""What one does with a model and an adapter besides training: load, preview, generate."""
 
 from __future__ import annotations
 
@@ -11,25 +11,20 @@ import torch
 from torch import nn
 
 from lorafit import console
-from lorafit.adapter.attach import detach
 from lorafit.adapter.file import load_adapter
 from lorafit.config import Resolved, TrainConfig, from_values
 from lorafit.data.chat import encode_prompt
 from lorafit.data.records import Record, read_records
 from lorafit.data.rows import Problem, Rows
 from lorafit.data.split import overlap
-from lorafit.data.tokens import TokenRow
-from lorafit.errors import ConfigError, DataError, Faults, ModelError, NonFiniteError
-from lorafit.evaluate.heldout import HeldOut, held_out
-from lorafit.evaluate.report import difference
-from lorafit.evaluate.tasks import matches, questions
+from lorafit.errors import ConfigError, DataError, Faults, ModelError
 from lorafit.formats.tokenizer import TextTokenizer
-from lorafit.inputs import NO_TEMPLATE, collect_rows, read_rows, read_template
+from lorafit.inputs import NO_TEMPLATE, collect_rows, read_template
 from lorafit.model.generate import stream
 from lorafit.model.load import Base, context_of, load_base
 from lorafit.model.sources import open_source
 from lorafit.model.tokenizer import as_transformers
-from lorafit.settings import MICRO_BATCHES, settle_for_machine
+from lorafit.settings import settle_for_machine
 
 
 def open_base(config: TrainConfig) -> Base:
@@ -102,80 +97,6 @@ def _preview_document(rows: Rows, problems: Sequence[Problem], count: int | None
     return {"rows": shown, "counts": rows.counts, "problems": [{"place": p, "what": w} for p, w in problems]}
 
 
-def evaluate(
-    config: TrainConfig,
-    *,
-    adapters: Sequence[str],
-    forget_on: str | None,
-    exact_match: bool,
-    max_tokens: int,
-    as_json: bool,
-) -> None:
-    """Held-out loss of the base and of each adapter, printed as a table or as JSON.
-
-    exact_match: also the share of rows of `config.data` that are answered, greedily and in max_tokens, as they say.
-    """
-    loaded = open_base(config)
-    _say_template(loaded.tokenizer)
-    context = int(loaded.model.config.max_position_embeddings)
-    sets = {"": config.data, **({"forget": (forget_on,)} if forget_on else {})}
-    rows = {name: read_rows(files, loaded.tokenizer, config, context)[0].rows for name, files in sets.items()}
-    for name, found in rows.items():
-        if not found:
-            raise ConfigError(", ".join(sets[name]), "leaves no row with a trained token", "raise --max-length")
-    asked, answers = questions([row.record for row in rows[""]]) if exact_match else ([], [])
-    prompts = _encode_all(asked, None, loaded.tokenizer, context)
-    results: list[dict[str, Any]] = []
-    plain: dict[str, HeldOut] = {}
-    for adapter in (None, *adapters):
-        if adapter is not None:
-            for note in load_adapter(loaded.model, adapter):
-                console.say(f"{adapter}: {note}")
-        entry: dict[str, Any] = {"adapter": adapter}
-        for name, found in rows.items():
-            measured = held_out(loaded.model, loaded.head, found, max(MICRO_BATCHES))
-            if not math.isfinite(measured.loss):
-                what = f"gives loss {measured.loss}"
-                raise NonFiniteError(adapter or config.model, what, "its file is damaged, or try --compute fp32")
-            figures = _figures(measured, plain.setdefault(name, measured), found)
-            entry |= {name: figures} if name else figures
-        if exact_match:
-            entry["exact_match"] = matches(loaded.model, loaded.tokenizer, prompts, answers, max_tokens)
-        detach(loaded.model)
-        results.append(entry)
-    if as_json:
-        return console.result_json(results)
-    header = ("adapter", "loss", "perplexity", "bits per byte", "difference, 95 % interval")
-    more = ("exact match",) if exact_match else ()
-    console.table("", header + more, [_table_row(entry, entry) for entry in results])
-    if forget_on:
-        rows_shown = [_table_row(entry, entry["forget"]) for entry in results]
-        console.table(f"\non {forget_on}", header, rows_shown)
-    return None
-
-
-def _figures(measured: HeldOut, plain: HeldOut, rows: Sequence[TokenRow]) -> dict[str, Any]:
-    trained_bytes = sum(
-        len(text.encode()) for row in rows for text, trained in zip(row.texts(), row.trained, strict=True) if trained
-    )
-    return {
-        "loss": measured.loss,
-        "tokens": int(measured.tokens.sum()),
-        "perplexity": measured.perplexity,
-        "bits_per_byte": measured.bits_per_byte(trained_bytes),
-        "difference": difference(measured, plain),
-    }
-
-
-def _table_row(entry: dict[str, Any], figures: dict[str, Any]) -> tuple[str, ...]:
-    gap, told = figures["difference"], ""
-    if entry["adapter"]:
-        told = f"{gap['mean']:+.4f}" + ("" if gap["low"] is None else f" ({gap['low']:+.4f} to {gap['high']:+.4f})")
-    numbers = (f"{figures['loss']:.4f}", f"{figures['perplexity']:.3f}", f"{figures['bits_per_byte']:.4f}")
-    share = (f"{figures['exact_match']['share']:.1%}",) if "exact_match" in figures else ()
-    return (entry["adapter"] or "(base)", *numbers, told, *share)
-
-
 def answer(
     config: TrainConfig,
     *,
@@ -193,15 +114,14 @@ def answer(
     """
     if (prompt is None) == (file is None):
         raise ConfigError("lorafit generate", "needs either --prompt or --data", "give one of them")
-    if not 0 <= temperature < math.inf:
-        raise ConfigError("--temperature", f"is {temperature}", "give 0 or a number above it")
+    check_temperature(temperature)
     records = [_prompt(prompt)] if prompt is not None else _questions(str(file))
     if system is not None and any(record.messages is None for record in records):
         raise ConfigError("--system", f"{file} holds text, not conversations", "leave it out")
     loaded = open_base(config)
-    _say_template(loaded.tokenizer)
+    say_template(loaded.tokenizer)
     context = int(loaded.model.config.max_position_embeddings)
-    prompts = _encode_all(records, system, loaded.tokenizer, context)
+    prompts = encode_all(records, system, loaded.tokenizer, context)
     for note in load_adapter(loaded.model, adapter) if adapter else []:
         console.say(note)
     outputs = stream(
@@ -232,7 +152,7 @@ def _questions(file: str) -> list[Record]:
     return read.records
 
 
-def _encode_all(
+def encode_all(
     records: Sequence[Record], system: str | None, tokenizer: TextTokenizer, context: int
 ) -> list[list[int]]:
     """Token ids of every prompt; raises Faults for those that the template refuses or that fill the context."""
@@ -263,6 +183,13 @@ def _encode(record: Record, system: str | None, tokenizer: TextTokenizer) -> lis
     return encode_prompt(messages, record.tools, tokenizer)
 
 
-def _say_template(tokenizer: TextTokenizer) -> None:
+def check_temperature(temperature: float) -> None:
+    """Raises ConfigError for one that no draw can have."""
+    if not 0 <= temperature < math.inf:
+        raise ConfigError("--temperature", f"is {temperature}", "give 0 or a number above it")
+
+
+def say_template(tokenizer: TextTokenizer) -> None:
+    """Say it where conversations get lorafit's own plain template."""
     if not tokenizer.has_template:
         console.warn(NO_TEMPLATE)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
-from itertools import pairwise
 
 import pytest
 
 import lorafit
 from builders.commands import QUICK, World, run, write_rows
-from builders.rows import Row
-from lorafit.evaluate.report import SAMPLE_TOKENS, _ticks, page, prompt_and_answer, verdict
+from lorafit.evaluate.page import page, verdict
+from lorafit.evaluate.samples import SAMPLE_TOKENS, SAMPLES
 from lorafit.training.metrics import read_metrics
 
 FP32 = ("--compute", "fp32", "--threads", 1)
@@ -67,10 +66,11 @@ def test_the_report_has_the_specifications_figures_with_their_types(world):
 def test_samples_stand_beside_the_right_answers(world):
     """Prompt, expected answer, and what base and adapter say."""
     samples = world.result.report["samples"]
-    assert 1 <= len(samples) <= 4
+    assert 1 <= len(samples) <= SAMPLES
     for number, sample in enumerate(samples):
-        assert list(sample) == ["prompt", "expected", "base", "adapter"]
+        assert list(sample) == ["prompt", "question", "expected", "base", "adapter"]
         assert f"{SCRIPT} {number}" in sample["prompt"]
+        assert sample["question"] == f"{SCRIPT} {number}"
         assert sample["expected"] == f"{SCRIPT} is {number}."
 
 
@@ -86,7 +86,7 @@ def test_samples_are_answered_with_the_adapter_and_without(world):
 class Page(HTMLParser):
     """Tags that are open and all tags seen; raises where one closes that is not the innermost open one."""
 
-    VOID = ("meta", "path", "circle", "polyline")  # with or without a slash at their end
+    VOID = ("meta", "path", "polyline")  # with or without a slash at their end
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -127,46 +127,27 @@ def test_the_page_shows_every_figure(world):
     """Losses, steps, tokens, times, speed, memory, parameters, sizes, the machine and every version."""
     text, report = (world.out / "report.html").read_text(), world.result.report
     wanted = [f"{report['base_loss']:.4f}", f"{report['adapter_loss']:.4f}", f"{report['tokens']:,}"]
-    wanted += [f"{report['trained_tokens']:,} trained", f"{report['tokens_per_second']:,.0f} tokens/s"]
-    wanted += [f"{report['trainable_parameters']:,} of {report['total_parameters']:,}"]
+    wanted += [f"{report['trained_tokens']:,} trained", f"<b>{report['tokens_per_second']:,.0f}</b>"]
+    wanted += [f"{report['trainable_parameters']:,} (", "48,288 parameters", f"{report['data']['tokens']:,}"]
     wanted += [f"{report[key] / 1e9:.2f} GB" for key in ("peak_memory_bytes", "private_memory_bytes")]
-    wanted += [f"{key}: {value}" for key, value in report["versions"].items()]
-    wanted += [f"{key.replace('_', ' ')}: {value}" for key, value in report["data"].items()]
+    wanted += [f"<th>{key}</th><td>{value}</td>" for key, value in report["versions"].items()]
+    wanted += [f"<th>{key}</th>" for key in report["settings"]]
     assert [figure for figure in wanted if figure not in text] == []
 
 
 def test_the_curve_has_a_point_per_step_and_evaluation(world):
-    """Training loss as a line over all steps; held-out loss as dots, the base's first, all inside the axes."""
+    """Once for a desk and once for a phone: training over all steps, held out from the base's loss at step 0."""
     text = (world.out / "report.html").read_text()
-    line, dashes = re.findall(r"<polyline points='(.*?)'", text)
-    assert len(line.split()) == 6
-    dots = re.findall(r"<circle cx=([\d.]+) cy=([\d.]+)", text)
-    assert [f"{x},{y}" for x, y in dots] == dashes.split()
-    assert len(dots) == 3  # step 0, 3 and 6
-    for x, y in (point.split(",") for point in [*line.split(), *dashes.split()]):
-        assert 55 <= float(x) <= 680
-        assert 20 <= float(y) <= 250
-    heights = [float(point.split(",")[1]) for point in line.split()]
-    losses = [m["loss"] for m in read_metrics(world.out / "metrics.jsonl") if "loss" in m]
-    assert (heights[0] < heights[-1]) == (losses[0] > losses[-1])
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 60), (1.2345, 1.2346), (2.0, 2.0), (4.2, 7.98), (0, 1_000_000)])
-def test_ticks_are_round_and_enclose_the_data(low, high):
-    """Steps of 1, 2 or 5 x 10^n, a handful of them."""
-    ticks = _ticks(low, high, 5)
-    assert ticks[0] <= low <= high <= ticks[-1] + 1e-12
-    assert 2 <= len(ticks) <= 8
-    apart = ticks[1] - ticks[0]
-    assert f"{apart:.0e}"[0] in "125"
-    assert [f"{b - a:.6g}" for a, b in pairwise(ticks)] == [f"{apart:.6g}"] * (len(ticks) - 1)
+    for kind, count in (("raw", 6), ("train", 6), ("held", 3)):  # held out: the base, steps 3 and 6
+        lines = re.findall(rf"<polyline class={kind} points='(.*?)'", text)
+        assert [len(line.split()) for line in lines] == [count, count]
 
 
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
         (None, "No rows were held out"),
-        ({"mean": -1.0, "low": -1.5, "high": -0.5}, "The adapter helped: held-out loss went from 3.0000 to 2.0000"),
+        ({"mean": -1.0, "low": -1.5, "high": -0.5}, "The adapter helped: Held-out loss went from 3.0000 to 2.0000"),
         ({"mean": 1.0, "low": 0.5, "high": 1.5}, "The adapter made it worse"),
         ({"mean": -1.0, "low": -2.5, "high": 0.5}, "No difference beyond noise"),
         ({"mean": -1.0, "low": None, "high": None}, "One row was held out, too few to say"),
@@ -174,7 +155,9 @@ def test_ticks_are_round_and_enclose_the_data(low, high):
 )
 def test_the_verdict_follows_from_the_interval(difference, words):
     """Helped or harmed only where the interval leaves out zero."""
-    assert verdict({"difference": difference, "base_loss": 3.0, "adapter_loss": 2.0}).startswith(words)
+    report = {"difference": difference, "base_loss": 3.0, "adapter_loss": 2.0, "adapter_bytes": 8}
+    assert words in ": ".join(verdict(report))
+    assert "adapter" not in " ".join(verdict({**report, "adapter_bytes": 0})), "full fine-tuning has none"
 
 
 def test_without_held_out_rows_the_losses_are_null(world, tmp_path):
@@ -185,8 +168,7 @@ def test_without_held_out_rows_the_losses_are_null(world, tmp_path):
     assert report == result.report
     text = (tmp_path / "out" / "report.html").read_text()
     assert "No rows were held out" in text
-    assert "not measured" in text
-    assert "<circle" not in text
+    assert "class=held" not in text
 
 
 def test_one_held_out_row_gives_json_without_infinity(world, tmp_path):
@@ -208,8 +190,47 @@ def test_a_page_without_steps_still_stands(world):
     assert Page(page(report, [])).open == []
 
 
-def test_prompt_and_answer_are_cut_at_the_first_trained_span():
-    """What stands before the first trained token is the prompt; the answer ends where training does."""
-    row = Row([1, 2, 3, 4, 5, 6], [False, False, True, True, False, True])
-    assert prompt_and_answer(row) == ([1, 2], [3, 4])
-    assert prompt_and_answer(Row([1, 2], [False, True])) == ([1], [2])
+def test_full_fine_tuning_has_no_adapter_and_still_a_page(world):
+    """No adapter's file, no layers, no movement: the page says what was trained, and speaks of no adapter file."""
+    trained = {**world.result.report["trained"], "method": "full", "layers": 0, "rank": None, "alpha": None}
+    settings = {**world.result.report["settings"], "method": {"value": "full", "origin": "given"}}
+    report = {**world.result.report, "adapter_bytes": 0, "updates": [], "trained": trained, "settings": settings}
+    text = page(report, read_metrics(world.out / "metrics.jsonl"))
+    assert Page(text).open == []
+    assert "adapter file" not in text
+    assert "No adapter: every weight was trained." in text
+
+
+def test_what_was_found_is_on_the_page_and_in_the_figures(world):
+    """Data's lengths, the layers' movement, what was trained, settings with their origin; report.json has them all."""
+    report, text = world.result.report, (world.out / "report.html").read_text()
+    assert sum(report["findings"]["lengths"]["counts"]) == report["data"]["used"]
+    assert len(report["updates"]) == 14
+    assert all(update["relative"] > 0 for update in report["updates"])
+    assert report["trained"]["data"] == [str(world.data)]
+    assert report["settings"]["rank"] == {"value": 4, "origin": "given"}
+    assert text.count("<rect class=cell") == 2 * 14
+    for words in ("What to do next", "Rows by length", "not predicted", "trained share", "rank 4, alpha 32, 14 layers"):
+        assert words in text
+
+
+def test_predictions_stand_beside_what_was_measured(world):
+    """Where a plan was made, both and how far it was off."""
+    report = world.result.report
+    predicted = {"memory_bytes": int(report["peak_memory_bytes"] * 1.1), "seconds": report["seconds"] * 0.5}
+    text = page({**report, "predicted": predicted}, [])
+    assert ">+10%<" in text
+    assert ">-50%<" in text
+    assert "not predicted" not in text
+
+
+def test_the_page_is_drawn_anew_from_the_runs_files(world, tmp_path):
+    """`lorafit report OUT`: the same bytes; a folder without a report, or with another's, is one line."""
+    drawn = (world.out / "report.html").read_bytes()
+    (world.out / "report.html").unlink()
+    outcome = run("report", world.out)
+    assert (outcome.code, outcome.out.strip()) == (0, str(world.out / "report.html"))
+    assert (world.out / "report.html").read_bytes() == drawn
+    assert run("report", tmp_path).err.startswith(f"error: {tmp_path / 'report.json'}: does not exist")
+    (tmp_path / "report.json").write_text("{}")
+    assert run("report", tmp_path).err.startswith(f"error: {tmp_path / 'report.json'}: is no report that this lorafit")

@@ -67,3 +67,10 @@ def paired_difference(adapter: HeldOut, base: HeldOut) -> tuple[float, float, fl
     rest = gaps - mean * tokens
     error = math.sqrt(float((rest**2).sum()) * n / (n - 1)) / float(tokens.sum())
     return mean, mean - NORMAL_95 * error, mean + NORMAL_95 * error
+
+
+def difference(adapter: HeldOut, base: HeldOut) -> dict[str, float | None]:
+    """`paired_difference` for JSON, which has no infinity; one row has no interval: null."""
+    mean, low, high = paired_difference(adapter, base)
+    bounded = math.isfinite(low)
+    return {"mean": mean, "low": low if bounded else None, "high": high if bounded else None}
