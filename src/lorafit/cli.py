@@ -250,6 +250,25 @@ def generate(**options: Any) -> None:
     answer(_settings(options), **options)
 
 
+@cli.command(epilog=WORDS)
+@click.argument("model")
+@click.option("--adapter", metavar="DIR", help="Adapter to talk to. Default: the base alone.")
+@click.option(
+    "--compare", is_flag=True, help="Show the base's answer before the adapter's; each keeps its own history."
+)
+@click.option("--system", metavar="TEXT", help="System message of the conversation.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, help="Tokens per answer at most. [default: 512]")
+@click.option("--temperature", type=float, default=0.0, help="0 takes the likeliest token. [default: 0]")
+@config_options("base", "compute", "threads", "template")
+@click.option("--seed", type=int, help="Seed of the draws at a temperature above 0. [default: 0]")
+def chat(**options: Any) -> None:
+    """Talk to MODEL, or to it with an adapter: a line is a message, Ctrl-C ends an answer, Ctrl-D leaves."""
+    with _importing():
+        from lorafit.chat import chat as talk
+
+    talk(_settings(options), **options)
+
+
 @cli.command()
 @click.argument("out")
 def report(out: str) -> None:

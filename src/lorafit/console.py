@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -62,6 +63,38 @@ def coloured(pieces: Iterable[tuple[str, bool]]) -> None:
     for piece, trained in pieces:
         text.append(piece.translate(_PICTURES), style="bold green" if trained else "dim")
     _out.print(text)
+
+
+def piece(text: str) -> None:
+    """A part of a result on standard output, at once; what a terminal would obey is shown as pictures."""
+    sys.stdout.write(text.translate(_PICTURES) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def lines(prompt: str) -> Iterator[str]:
+    """Lines of standard input that say something, until it ends. A person sees the prompt and can edit the line;
+    Ctrl-C drops the line, and on an empty one, the second time, ends them as Ctrl-D does."""
+    if not sys.stdin.isatty():
+        yield from (line.strip() for line in sys.stdin if line.strip())
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  (line editing and history for input)
+    warned = False
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return result("")
+        except KeyboardInterrupt:
+            result("")
+            if warned:
+                return None
+            warned = True
+            say("once more, or Ctrl-D, leaves")
+            continue
+        warned = False
+        if line:
+            yield line
 
 
 def is_terminal() -> bool:
