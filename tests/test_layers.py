@@ -19,7 +19,7 @@ LAYERS = [
     {"model"},
     {"training"},
     {"evaluate"},
-    {"settings", "inputs"},
+    {"settings", "inputs", "trackers"},
     {"run"},
     {"api", "use", "inspection"},
     {"evaluation", "chat"},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,10 +49,12 @@ def folder(tmp_path_factory):
 
 
 def test_the_commands_run_as_they_stand(folder, monkeypatch):
-    """Preview, train, generate and eval, in that order, each with exit code 0; then the two that go on from a run."""
+    """Preview, train, generate, chat and eval, in that order, each with exit code 0; then the two that go on from a
+    run."""
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))  # what is said to chat
     found = commands()
-    assert [command.split()[1] for command in found] == ["preview", "train", "generate", "eval"]
+    assert [command.split()[1] for command in found] == ["preview", "train", "generate", "chat", "eval"]
     later = ["lorafit train --resume runs/mine", "lorafit train --config runs/mine/run.yaml --out NEW"]
     assert all(command.replace("runs/mine/run.yaml", "run.yaml") in README for command in later)
     for command in [*found, *later]:

@@ -21,9 +21,11 @@ from lorafit.errors import ConfigError, LorafitError
 
 PATHS = ("model", "data", "out")
 SPINS = "1000"
-METAVARS = {"eval": "DATA", "targets": "NAMES", "template": "FILE", "init_adapter": "DIR"}
+METAVARS = {"eval": "DATA", "targets": "NAMES", "report_to": "NAMES", "template": "FILE", "init_adapter": "DIR"}
 WORDS = """MODEL is a .gguf file or a Hugging Face folder. DATA is .jsonl, .json, .csv or .txt files, or folders of
 them. --debug with any command shows tracebacks."""
+METRICS_HELP = """Also measure answers, separated by commas: exact and normalised match, choice (the likeliest of a
+set of labels), json (validity and field F1), bleu, rouge. Default: losses alone."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,10 +92,6 @@ def _wait_without_spinning() -> None:
     process on 2 cores a training step is twice as fast, alone as fast. It counts until torch is imported."""
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS
-
-
-METRICS_HELP = """Also measure answers, separated by commas: exact and normalised match, choice (the likeliest of a
-set of labels), json (validity and field F1), bleu, rouge. Default: losses alone."""
 
 
 class NumberOrAuto(click.ParamType):

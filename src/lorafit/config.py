@@ -24,6 +24,7 @@ import yaml
 from lorafit.errors import ConfigError, Faults, LorafitError
 
 MAX_YAML_BYTES = 1 << 20
+TRACKERS = ("jsonl", "tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class TrainConfig:
     """Optimizer steps between checkpoints. Default: a tenth of the run."""
     patience: int | None = None
     """Evaluations without a better loss after which the run ends. Default: never ends early."""
+    report_to: tuple[str, ...] = ("jsonl",)
+    """Trackers, separated by commas: jsonl (metrics.jsonl, always written), tensorboard, wandb, mlflow, trackio."""
 
     def __post_init__(self) -> None:
         faults = [ConfigError(f"--{name.replace('_', '-')}", *fault) for name, fault in self._faults() if fault]
@@ -133,6 +136,7 @@ class TrainConfig:
             within("rank", 1, 4096),
             positive("alpha"),
             within("dropout", 0, 0.99),
+            ("report_to", self._unknown_tracker()),
             ("targets", None if self.targets else ("is empty", "name at least one layer, or all-linear")),
             at_least("threads", 1),
             positive("lr"),
@@ -151,6 +155,10 @@ class TrainConfig:
             at_least("save_every", 1, " steps"),
             at_least("patience", 1, " evaluations"),
         ]
+
+    def _unknown_tracker(self) -> tuple[str, str] | None:
+        unknown = [name for name in self.report_to if name not in TRACKERS]
+        return (f"{unknown[0]} is no tracker", f"there are {', '.join(TRACKERS)}") if unknown else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lorafit import console, machine
+from lorafit import console, machine, trackers
 from lorafit.adapter.attach import adapted_layers, attach
 from lorafit.adapter.file import load_adapter, save_adapter
 from lorafit.config import Resolved, TrainConfig, field_types, from_values, read_yaml, to_yaml
@@ -39,8 +39,10 @@ from lorafit.training.checkpoint import Checkpoints, Progress, single_writer
 from lorafit.training.loop import Plan, Run, StopRequest, fit
 from lorafit.training.metrics import Metrics
 
-OURS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "report.html", "report.json", ".lock")
+TRACKED = ("tensorboard", "wandb", "trackers.json")  # what --report-to leaves in OUT
+OURS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "report.html", "report.json", ".lock", *TRACKED)
 PATHS = ("model", "data", "eval", "out", "template", "init_adapter")  # may move; what they hold may not change
+ASIDE = (*PATHS, "report_to")  # settings that are no part of what a run is
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def resume(out: Path, changes: dict[str, Any] | None = None, *, started: float |
 
 def prepare(resolved: Resolved) -> Job:
     """From settings to a model with its adapter and token rows; nothing is written."""
+    trackers.check(resolved.config.report_to)
     source = open_source(Path(resolved.config.model))
     resolved = settle_for_machine(resolved, source.quantised)
     config = resolved.config
@@ -144,29 +147,40 @@ def _execute(job: Job, out: Path, started: float) -> Result:
         _refuse_changes(f"checkpoint {start.progress.step}", start.identity, job.identity)
         console.say(f"going on after step {start.progress.step}")
     config, base = job.resolved.config, job.base
-    metrics = Metrics(out / "metrics.jsonl", start.progress.step if start else 0)
+    step = start.progress.step if start else 0
+    metrics = Metrics(out / "metrics.jsonl", step)
     progress_bar = console.Steps(job.plan.steps)
-    run = Run(
-        config=config,
-        plan=job.plan,
-        model=base.model,
-        head=base.head,
-        rows=job.training,
-        checkpoints=checkpoints,
-        metrics=metrics,
-        identity=job.identity,
-        evaluate=(lambda: held_out(base.model, base.head, job.evaluation, int(config.micro_batch_tokens or 1)).loss)
-        if job.evaluation
-        else None,
-        report=progress_bar.line,
-        memory=machine.memory_bytes,
-    )
-    try:
-        with _signals(run.stop), progress_bar:
-            progress = fit(run, start)
-    finally:
-        metrics.close()
-    return _finish(job, run, progress, out, started)
+    settings = {name: getattr(config, name) for name in field_types()}
+    with trackers.tracking(config.report_to, out, settings, step) as tracked:
+
+        def heard(line: dict[str, object]) -> None:
+            progress_bar.line(line)
+            tracked.log(line)
+
+        run = Run(
+            config=config,
+            plan=job.plan,
+            model=base.model,
+            head=base.head,
+            rows=job.training,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            identity=job.identity,
+            evaluate=(lambda: held_out(base.model, base.head, job.evaluation, int(config.micro_batch_tokens or 1)).loss)
+            if job.evaluation
+            else None,
+            report=heard,
+            memory=machine.memory_bytes,
+        )
+        try:
+            with _signals(run.stop), progress_bar:
+                progress = fit(run, start)
+        finally:
+            metrics.close()
+        result = _finish(job, run, progress, out, started)
+        losses = {name: result.report[name] for name in ("base_loss", "adapter_loss")}
+        tracked.log({"step": result.report["steps"], **losses})
+        return result
 
 
 def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float) -> Result:
@@ -232,7 +246,7 @@ def _start_from(base: Base, config: TrainConfig) -> None:
 
 def _identity(config: TrainConfig, base: str, tokenizer: TextTokenizer) -> dict[str, Any]:
     """What must be equal for a run to go on: contents by hash, settings by value."""
-    settings = {name: getattr(config, name) for name in field_types() if name not in PATHS}
+    settings = {name: getattr(config, name) for name in field_types() if name not in ASIDE}
     settings["targets"] = list(config.targets)
     files = {"data": config.data, "evaluation": config.eval}
     init = Path(config.init_adapter or "") / "adapter_model.safetensors"
