@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test proof proof-native proof-real proof-kill proof-quality proof-triton constraints clean
+.PHONY: demo test proof proof-native proof-real proof-kill proof-quality proof-triton proof-track proof-page \
+  proof-variants proof-forgetting constraints clean
 
 $(VENV)/made: pyproject.toml constraints.txt $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -49,6 +50,19 @@ proof-quality: $(VENV)/made-test
 proof-triton: $(VENV)/made-test
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[cuda]'
 	$(BIN)/python -m pytest proofs/test_triton.py
+
+proof-track: $(VENV)/made-test
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[track]'
+	$(BIN)/python -m pytest proofs/test_track.py
+
+proof-page: $(VENV)/made-test
+	$(BIN)/python -m pytest proofs/test_page.py
+
+proof-variants: $(VENV)/made-test
+	$(BIN)/python -m pytest -s proofs/test_variants.py
+
+proof-forgetting: $(VENV)/made-test
+	$(BIN)/python -m pytest -s proofs/test_forgetting.py
 
 constraints:
 	rm -rf $(VENV)-pins && $(PYTHON) -m venv $(VENV)-pins
