@@ -98,7 +98,7 @@ def _task(
     if "choice" in metrics:
         named = read_labels(labels) if labels else sorted({text.strip() for text in expected})
         found = choices(asked, expected, named, base.tokenizer, context)
-        console.say(f"choice    among {len(named)} labels: {len(found.rows):,} rows for each model")
+        console.say(f"choice    among {len(named)} labels: {len(named) * len(asked):,} rows for each model")
     prompts = encode_all(asked, None, base.tokenizer, context)
     return Task(metrics, prompts, expected, found, max_tokens)
 

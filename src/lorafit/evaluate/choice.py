@@ -17,29 +17,34 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from lorafit.data.chat import encode_record
+from lorafit.data.chat import Writer
 from lorafit.data.records import Record
-from lorafit.data.tokens import TokenRow
+from lorafit.data.tokens import TokenRow, encode_drafts
 from lorafit.errors import ConfigError
 from lorafit.evaluate.heldout import held_out
 from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.model.head import Head
 
-MOST = 1000  # labels
+MOST, AT_ONCE = 1000, 512  # labels; rows that are packed together
 
 
 @dataclass(frozen=True)
 class Choices:
-    """R rows with L labels each: rows[r * L + l] is row r answered by label l; right[r] is the place of its own."""
+    """R questions with L labels each; right[r] is the place of the label that question r is answered by."""
 
+    asked: list[Record]
     labels: list[str]
-    rows: list[TokenRow]
     right: np.ndarray
+    tokenizer: TextTokenizer
 
     def likelihoods(self, model: nn.Module, head: Head, budget: int) -> np.ndarray:
-        """log p(label and end | prompt), (R, L), in nats."""
-        found = held_out(model, head, self.rows, budget)
-        return -found.nats.reshape(len(self.right), len(self.labels))
+        """log p(label and end | prompt), (R, L), in nats; the rows are written a few questions at a time."""
+        each = max(1, AT_ONCE // len(self.labels))
+        parts = []
+        for first in range(0, len(self.asked), each):
+            rows = answered(self.asked[first : first + each], self.labels, self.tokenizer)
+            parts.append(-held_out(model, head, rows, budget).nats.reshape(-1, len(self.labels)))
+        return np.concatenate(parts)
 
 
 def read_labels(file: str) -> list[str]:
@@ -63,7 +68,7 @@ def read_labels(file: str) -> list[str]:
 def choices(
     asked: Sequence[Record], expected: Sequence[str], labels: Sequence[str], tokenizer: TextTokenizer, context: int
 ) -> Choices:
-    """Every row with every label as token rows; asked: rows up to their answers, expected: those answers.
+    """The questions with their labels; asked: rows up to their answers, expected: those answers.
 
     Raises ConfigError where an answer is none of the labels, there are fewer than two of them or too many, or a row
     with a label is longer than the context.
@@ -71,23 +76,26 @@ def choices(
     if not 2 <= len(labels) <= MOST:
         raise ConfigError("--labels", f"are {len(labels)}", f"give 2 to {MOST}, or leave out --metrics choice")
     places = {label: number for number, label in enumerate(labels)}
-    right, rows = [], []
+    right = []
     for record, answer in zip(asked, expected, strict=True):
         if answer.strip() not in places:
             what = f"{record.place} is answered by {answer.strip()[:60]!r}, which is none of them"
             raise ConfigError("--labels", what, "add it, or take the row out")
         right.append(places[answer.strip()])
-        rows += [_answered(record, label, tokenizer, context) for label in labels]
-    return Choices(list(labels), rows, np.array(right))
+    longest = max(labels, key=len)
+    for row in answered(asked, [longest], tokenizer):
+        if len(row.ids) > context:
+            what = f"has {len(row.ids)} tokens with label {longest!r} and the model's context is {context}"
+            raise ConfigError(row.record.place, what, "shorten it")
+    return Choices(list(asked), list(labels), np.array(right), tokenizer)
 
 
-def _answered(record: Record, label: str, tokenizer: TextTokenizer, context: int) -> TokenRow:
-    said = (*(record.messages or ()), {"role": "assistant", "content": label})
-    row = encode_record(replace(record, messages=said), tokenizer, "last")
-    if len(row.ids) > context:
-        what = f"has {len(row.ids)} tokens with label {label!r} and the model's context is {context}"
-        raise ConfigError(record.place, what, "shorten it")
-    return row
+def answered(asked: Sequence[Record], labels: Sequence[str], tokenizer: TextTokenizer) -> list[TokenRow]:
+    """Each question with each label as its answer, which alone counts, as training would see it."""
+    writer = Writer(tokenizer, "last")
+    said = [({"role": "assistant", "content": label},) for label in labels]
+    records = (replace(record, messages=(*(record.messages or ()), *one)) for record in asked for one in said)
+    return list(encode_drafts(map(writer.draft, records), tokenizer))
 
 
 def chances(likelihoods_RL: np.ndarray) -> np.ndarray:
