@@ -132,6 +132,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def interrupt(self) -> None:
+        """Ctrl-C once the chat waits for a line: a signal between its prompt and its waiting would wait with it."""
+        asleep = 0
+        while asleep < 10:
+            time.sleep(0.02)
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            asleep = asleep + 1 if state == "S" else 0
+        self.type("\x03")
+
     def code(self) -> int:
         """Read to the end; the exit code."""
         end = time.monotonic() + 60
@@ -159,16 +168,17 @@ def test_ctrl_c_ends_an_answer_and_the_chat_goes_on(tmp_path):
     chat.type("\x03")
     chat.until("(stopped)", 20)
     chat.until("> ")
-    chat.type("half a line\x03")
+    chat.type("half a line")
+    chat.interrupt()
     chat.until("once more, or Ctrl-D, leaves")
     chat.until("> ")
     chat.type("/clear\n")
     chat.until("the conversation begins anew")
     chat.until("> ")
-    chat.type("\x03")
+    chat.interrupt()
     chat.until("once more, or Ctrl-D, leaves")
     chat.until("> ")
-    chat.type("\x03")
+    chat.interrupt()
     assert chat.code() == 0
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -11,8 +14,15 @@ import lorafit
 from builders.commands import QUICK, World, run
 from lorafit import trackers
 from lorafit.errors import ConfigError
-from lorafit.trackers import check, tracking
+from lorafit.trackers import Trackers, check
 from lorafit.training.metrics import read_metrics
+
+
+@contextlib.contextmanager
+def tracking(names: list[str], out: Path, step: int) -> Iterator[Trackers]:
+    with Trackers() as tracked:
+        tracked.begin(names, out, {}, step)
+        yield tracked
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +60,10 @@ def test_tensorboard_has_every_number_of_the_metrics(world, tmp_path):
 def test_a_resumed_run_goes_on_without_doubles(world, tmp_path):
     """What was written after the checkpoint that is gone on from is written once in the end."""
     out = tmp_path / "out"
-    with tracking(["tensorboard"], out, {}, 0) as tracked:
+    with tracking(["tensorboard"], out, 0) as tracked:
         for step in range(1, 6):
             tracked.log({"step": step, "loss": float(step)})
-    with tracking(["tensorboard"], out, {}, 3) as tracked:
+    with tracking(["tensorboard"], out, 3) as tracked:
         for step in range(4, 7):
             tracked.log({"step": step, "loss": step + 0.5})
     assert [(event.step, event.value) for event in events(out).Scalars("loss")] == [
@@ -95,7 +105,7 @@ class Failing:
 def test_a_tracker_that_fails_is_said_once_and_left_out(tmp_path, monkeypatch, capsys):
     """The others go on."""
     monkeypatch.setitem(trackers.KINDS, "failing", Failing)
-    with tracking(["failing", "tensorboard"], tmp_path, {}, 0) as tracked:
+    with tracking(["failing", "tensorboard"], tmp_path, 0) as tracked:
         for step in (1, 2, 3):
             tracked.log({"step": step, "loss": 1.0, "nothing": None})
     said = capsys.readouterr().err
@@ -112,5 +122,5 @@ def test_a_tracker_that_cannot_begin_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setitem(trackers.KINDS, "closed", Closed)
     refused = pytest.raises(ConfigError, match=r"--report-to closed: cannot begin: .*Permission denied")
-    with refused, tracking(["tensorboard", "closed"], tmp_path, {}, 0):
+    with refused, tracking(["tensorboard", "closed"], tmp_path, 0):
         raise AssertionError("must not begin")

@@ -39,8 +39,7 @@ from lorafit.training.checkpoint import Checkpoints, Progress, single_writer
 from lorafit.training.loop import Plan, Run, StopRequest, fit
 from lorafit.training.metrics import Metrics
 
-TRACKED = ("tensorboard", "wandb", "trackers.json")  # what --report-to leaves in OUT
-OURS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "report.html", "report.json", ".lock", *TRACKED)
+OURS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "report.html", "report.json", ".lock", *trackers.FILES)
 PATHS = ("model", "data", "eval", "out", "template", "init_adapter")  # may move; what they hold may not change
 ASIDE = (*PATHS, "report_to")  # settings that are no part of what a run is
 
@@ -138,6 +137,15 @@ def prepare(resolved: Resolved) -> Job:
 
 
 def _execute(job: Job, out: Path, started: float) -> Result:
+    """The run with its trackers, which hear its last losses too."""
+    with trackers.Trackers() as tracked:
+        result = _go_on(job, out, started, tracked)
+        losses = {name: result.report[name] for name in ("base_loss", "adapter_loss")}
+        tracked.log({"step": result.report["steps"], **losses})
+    return result
+
+
+def _go_on(job: Job, out: Path, started: float, tracked: trackers.Trackers) -> Result:
     """From the newest checkpoint to the end of the run, then the adapter and the report."""
     checkpoints = Checkpoints(out)
     start, damaged = checkpoints.newest()
@@ -147,40 +155,30 @@ def _execute(job: Job, out: Path, started: float) -> Result:
         _refuse_changes(f"checkpoint {start.progress.step}", start.identity, job.identity)
         console.say(f"going on after step {start.progress.step}")
     config, base = job.resolved.config, job.base
-    step = start.progress.step if start else 0
-    metrics = Metrics(out / "metrics.jsonl", step)
+    metrics = Metrics(out / "metrics.jsonl", start.progress.step if start else 0)
     progress_bar = console.Steps(job.plan.steps)
-    settings = {name: getattr(config, name) for name in field_types()}
-    with trackers.tracking(config.report_to, out, settings, step) as tracked:
-
-        def heard(line: dict[str, object]) -> None:
-            progress_bar.line(line)
-            tracked.log(line)
-
-        run = Run(
-            config=config,
-            plan=job.plan,
-            model=base.model,
-            head=base.head,
-            rows=job.training,
-            checkpoints=checkpoints,
-            metrics=metrics,
-            identity=job.identity,
-            evaluate=(lambda: held_out(base.model, base.head, job.evaluation, int(config.micro_batch_tokens or 1)).loss)
-            if job.evaluation
-            else None,
-            report=heard,
-            memory=machine.memory_bytes,
-        )
-        try:
-            with _signals(run.stop), progress_bar:
-                progress = fit(run, start)
-        finally:
-            metrics.close()
-        result = _finish(job, run, progress, out, started)
-        losses = {name: result.report[name] for name in ("base_loss", "adapter_loss")}
-        tracked.log({"step": result.report["steps"], **losses})
-        return result
+    tracked.begin(config.report_to, out, vars(config), start.progress.step if start else 0)
+    run = Run(
+        config=config,
+        plan=job.plan,
+        model=base.model,
+        head=base.head,
+        rows=job.training,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        identity=job.identity,
+        evaluate=(lambda: held_out(base.model, base.head, job.evaluation, int(config.micro_batch_tokens or 1)).loss)
+        if job.evaluation
+        else None,
+        report=tracked.also(progress_bar.line),
+        memory=machine.memory_bytes,
+    )
+    try:
+        with _signals(run.stop), progress_bar:
+            progress = fit(run, start)
+    finally:
+        metrics.close()
+    return _finish(job, run, progress, out, started)
 
 
 def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float) -> Result:

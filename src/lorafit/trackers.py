@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from lorafit import console
 from lorafit.errors import ConfigError
 from lorafit.formats.folders import write_text_atomically
 
+FILES = ("trackers.json", "tensorboard", "wandb")  # that they leave in OUT
 Values = Mapping[str, float]
 
 
@@ -46,51 +47,56 @@ def check(names: Sequence[str]) -> None:
             raise ConfigError(f"--report-to {name}", "is not installed", remedy)
 
 
-@contextlib.contextmanager
-def tracking(names: Sequence[str], out: Path, settings: Mapping[str, Any], step: int) -> Iterator[Trackers]:
-    """The trackers `names` of the run in `out`, which goes on after `step`; closed whatever happens.
+class Trackers:
+    """All trackers of a run, closed whatever happens. One that fails is said once and left out: a run does not end for
+    its tracker."""
 
-    Raises ConfigError where one cannot begin, and then no other is left open.
-    """
-    kept = out / "trackers.json"
-    runs: dict[str, str] = json.loads(kept.read_text()) if step and kept.is_file() else {}
-    opened: dict[str, Tracker] = {}
-    try:
-        for name in names:
-            if name in KINDS:
-                opened[name] = _opened(name, out, settings, step, runs)
-        if runs:
-            write_text_atomically(kept, json.dumps(runs) + "\n")
-        yield Trackers(opened)
-    finally:
-        for name, tracker in opened.items():
-            with _heard(name, tracker), _quiet():
+    def __init__(self) -> None:
+        self._opened: dict[str, Tracker] = {}
+
+    def __enter__(self) -> Trackers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, tracker in list(self._opened.items()):
+            with self._heard(name, tracker), _quiet():
                 tracker.close()
 
-
-class Trackers:
-    """All trackers of a run. One that fails is said once and left out: a run does not end for its tracker."""
-
-    def __init__(self, opened: dict[str, Tracker]) -> None:
-        self._opened = opened
+    def begin(self, names: Sequence[str], out: Path, settings: Mapping[str, Any], step: int) -> None:
+        """Open the trackers `names` of the run in `out`, which goes on after `step`. Raises ConfigError where one
+        cannot begin."""
+        kept = out / FILES[0]
+        runs: dict[str, str] = json.loads(kept.read_text()) if step and kept.is_file() else {}
+        for name in names:
+            if name in KINDS:
+                self._opened[name] = _opened(name, out, settings, step, runs)
+        if runs:
+            write_text_atomically(kept, json.dumps(runs) + "\n")
 
     def log(self, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
         values = {key: float(value) for key, value in line.items() if key != "step" and value is not None}
         for name, tracker in list(self._opened.items()):
-            with _heard(name, tracker, self._opened):
+            with self._heard(name, tracker):
                 tracker.log(int(line["step"]), values)
 
+    def also(self, report: Callable[[dict[str, object]], None]) -> Callable[[dict[str, object]], None]:
+        """`report`, and then the trackers, for each line."""
 
-@contextlib.contextmanager
-def _heard(name: str, tracker: Tracker, opened: dict[str, Tracker] | None = None) -> Iterator[None]:
-    """A tracker's own fault becomes a warning, and it is taken out of `opened`."""
-    try:
-        yield
-    except tracker.faults as error:
-        console.warn(f"{name} failed, and the run goes on without it: {str(error)[:200]}")
-        if opened is not None:
-            opened.pop(name)
+        def both(line: dict[str, object]) -> None:
+            report(line)
+            self.log(line)
+
+        return both
+
+    @contextlib.contextmanager
+    def _heard(self, name: str, tracker: Tracker) -> Iterator[None]:
+        """A tracker's own fault becomes a warning, and it is taken out."""
+        try:
+            yield
+        except tracker.faults as error:
+            console.warn(f"{name} failed, and the run goes on without it: {str(error)[:200]}")
+            del self._opened[name]
 
 
 @contextlib.contextmanager

@@ -155,9 +155,9 @@ def test_the_curve_has_a_point_per_step_and_evaluation(world):
 )
 def test_the_verdict_follows_from_the_interval(difference, words):
     """Helped or harmed only where the interval leaves out zero."""
-    report = {"difference": difference, "base_loss": 3.0, "adapter_loss": 2.0, "adapter_bytes": 8}
+    report = {"difference": difference, "base_loss": 3.0, "adapter_loss": 2.0, "method": "lora"}
     assert words in ": ".join(verdict(report))
-    assert "adapter" not in " ".join(verdict({**report, "adapter_bytes": 0})), "full fine-tuning has none"
+    assert "adapter" not in " ".join(verdict({**report, "method": "full"})), "full fine-tuning has none"
 
 
 def test_without_held_out_rows_the_losses_are_null(world, tmp_path):
@@ -192,12 +192,14 @@ def test_a_page_without_steps_still_stands(world):
 
 def test_full_fine_tuning_has_no_adapter_and_still_a_page(world):
     """No adapter's file, no layers, no movement: the page says what was trained, and speaks of no adapter file."""
-    trained = {**world.result.report["trained"], "method": "full", "layers": 0, "rank": None, "alpha": None}
+    trained = {**world.result.report["trained"], "layers": 0, "rank": None, "alpha": None}
     settings = {**world.result.report["settings"], "method": {"value": "full", "origin": "given"}}
-    report = {**world.result.report, "adapter_bytes": 0, "updates": [], "trained": trained, "settings": settings}
+    report = {**world.result.report, "method": "full", "adapter_bytes": None, "model_bytes": 538_000_000}
+    report |= {"updates": [], "trained": trained, "settings": settings}
     text = page(report, read_metrics(world.out / "metrics.jsonl"))
     assert Page(text).open == []
     assert "adapter file" not in text
+    assert "<b>0.54 GB</b><span>model file</span>" in text
     assert "No adapter: every weight was trained." in text
 
 

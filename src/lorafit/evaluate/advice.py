@@ -90,7 +90,7 @@ def _capacity(settings: dict[str, Any], train: float, best: float) -> Iterator[t
         "alone would change little, and more trained weights may fit what is left."
     )
     rank = settings.get("rank") or 0
-    if settings.get("method", "lora") == "full":
+    if settings.get("method") == "full":
         yield "Add data, or take a larger model", why
     elif rank < LARGE_RANK:
         yield f"Try a higher rank: --rank {min(LARGE_RANK, max(SMALL_RANK, 2 * rank))}", why

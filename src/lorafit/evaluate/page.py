@@ -40,7 +40,7 @@ def page(report: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
 
 def verdict(report: dict[str, Any]) -> tuple[str, str]:
     """Whether training helped: (headline, one sentence with the figures)."""
-    gap, tuned = report["difference"], "The adapter" if report["adapter_bytes"] else "Training"
+    gap, tuned = report["difference"], "The adapter" if report["method"] == "lora" else "Training"
     if gap is None:
         return "Not known", "No rows were held out, so whether training helped is not known."
     told = f"held-out loss went from {report['base_loss']:.4f} to {report['adapter_loss']:.4f} nats per trained token"
@@ -73,8 +73,9 @@ def _head(report: dict[str, Any]) -> str:
         _tile("not measured" if speed is None else f"{speed:,.0f}", "tokens per second"),
         _tile(console.gigabytes(report["peak_memory_bytes"]), "memory at the peak"),
     ]
-    if report["adapter_bytes"]:
-        tiles.append(_tile(console.gigabytes(report["adapter_bytes"]), "adapter file"))
+    for key, words in (("adapter_bytes", "adapter file"), ("model_bytes", "model file")):
+        if report[key] is not None:
+            tiles.append(_tile(console.gigabytes(report[key]), words))
     return (
         f"<header><p class=eyebrow>{esc(what)}</p>"
         f"<h1>{esc(headline)}</h1><p class=lead>{esc(sentence)}</p></header><div class=tiles>{''.join(tiles)}</div>"

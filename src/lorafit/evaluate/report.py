@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from lorafit import machine
 from lorafit.adapter.attach import adapted_layers, enable_adapter
 from lorafit.config import Resolved, field_types
@@ -61,22 +59,23 @@ def finish_report(
     budget: int,
     save_seconds: float,
     started: float,
-    before: Measured | None = None,
+    tuned: Base | None = None,
+    trainable: int | None = None,
 ) -> dict[str, Any]:
-    """Measure what training changed, write OUT/report.json and OUT/report.html, and return the figures.
+    """Measure the base against its adapter, or against `tuned`, the model that full fine-tuning made; write
+    OUT/report.json and OUT/report.html, and return the figures.
 
-    before: the base, measured before training where training changed its weights; else it is measured here, with the
-    adapters switched off.
+    trainable: parameters that were trained; None for those of the base's adapters.
     """
     lines = read_metrics(out / "metrics.jsonl")
     steps = [line for line in lines if "loss" in line]
     training_seconds = sum(line["seconds"] for line in steps) + save_seconds
     tokens = sum(line["tokens"] for line in steps)
-    trainable = trainable_parameters(base.model)
-    after = measure(base, evaluation, budget)
-    before = before or measure_base(base, evaluation, budget)
-    adapter = out / "adapter" / "adapter_model.safetensors"
+    if trainable is None:
+        trainable = sum(p.numel() for _, layer in adapted_layers(base.model) for p in layer.adapter.parameters())
+    before, after = measure_base(base, evaluation, budget), measure(tuned or base, evaluation, budget)
     report: dict[str, Any] = {
+        "method": "lora" if tuned is None else "full",
         **_compare(before, after),
         "tokens": tokens,
         "trained_tokens": sum(line["trained_tokens"] for line in steps),
@@ -84,9 +83,10 @@ def finish_report(
         "training_seconds": round(training_seconds, 3),
         "tokens_per_second": round(tokens / training_seconds, 1) if steps else None,
         "trainable_parameters": trainable,
-        "total_parameters": frozen_parameters(base.model) + trainable,
+        "total_parameters": frozen_parameters(base.model) + (trainable if tuned is None else 0),
         "base": {"bytes_by_format": bytes_by_format(base.model), "kept_in_16_bits": list(base.kept)},
-        "adapter_bytes": adapter.stat().st_size if adapter.is_file() else 0,
+        "adapter_bytes": _bytes(out / "adapter" / "adapter_model.safetensors"),
+        "model_bytes": _bytes(out / "model" / "model.safetensors"),
         "data": {**data.counts, "held_out": len(evaluation)},
         "findings": findings(data),
         "updates": movement(base.model),
@@ -121,10 +121,9 @@ def redraw(out: Path) -> Path:
     return out / "report.html"
 
 
-def trainable_parameters(model: nn.Module) -> int:
-    """Numbers that training changes: the adapters', or, where there are none, every one that has a gradient."""
-    adapters = [p.numel() for _, layer in adapted_layers(model) for p in layer.adapter.parameters()]
-    return sum(adapters) or sum(p.numel() for p in model.parameters() if p.requires_grad)
+def _bytes(file: Path) -> int | None:
+    """Size of a file that a run may leave."""
+    return file.stat().st_size if file.is_file() else None
 
 
 def _compare(before: Measured, after: Measured) -> dict[str, Any]:
@@ -145,7 +144,6 @@ def _trained(resolved: Resolved, model: Any) -> dict[str, Any]:
         "data": list(config.data),
         "eval": list(config.eval),
         "out": config.out,
-        "method": getattr(config, "method", "lora"),
         "layers": len(layers),
         "rank": layers[0].rank if layers else None,
         "alpha": layers[0].alpha if layers else None,

@@ -57,7 +57,7 @@ def trained_on(report: dict[str, Any]) -> str:
         ("model", trained["model"]),
         ("architecture", f"{trained['architecture']}, {own:,} parameters"),
         ("frozen weights", stored),
-        ("method", trained["method"]),
+        ("method", report["method"]),
         ("trained parameters", f"{report['trainable_parameters']:,}"
          f" ({report['trainable_parameters'] / report['total_parameters']:.2%} of all)"),
     ]  # fmt: skip
