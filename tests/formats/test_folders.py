@@ -13,7 +13,7 @@ import pytest
 
 from builders.crashes import dies_at, largest_file, operations
 from lorafit.errors import ConfigError
-from lorafit.formats.folders import MANIFEST, commit, complete, make_folder, remove, write_text_atomically
+from lorafit.formats.folders import MANIFEST, commit, commit_file, complete, make_folder, remove, write_text_atomically
 
 
 def writer(word: str) -> Callable[[Path], None]:
@@ -277,3 +277,29 @@ def test_make_folder_makes_what_is_missing(tmp_path):
     for _ in range(2):
         make_folder(tmp_path / "a" / "b" / "c")
     assert (tmp_path / "a" / "b" / "c").is_dir()
+
+
+def test_a_file_is_whole_or_absent_wherever_the_process_dies(tmp_path):
+    """Killed before each file operation, the name stands for the whole file or nothing; what `write` raises leaves
+    nothing behind, and the next try heals."""
+
+    def write(path: Path) -> None:
+        path.write_text("new" * 300)
+
+    for k in count():
+        file = tmp_path / str(k) / "model.gguf"
+        died = dies_at(k, lambda file=file: commit_file(file, write))
+        assert not file.exists() or file.read_text() == "new" * 300
+        commit_file(file, write)
+        assert contents(file.parent) == {"model.gguf": "new" * 300}
+        if not died:
+            break
+    assert k > 4
+
+    def fails(path: Path) -> None:
+        write(path)
+        raise ConfigError("place", "does not fit")
+
+    with pytest.raises(ConfigError, match="does not fit"):
+        commit_file(tmp_path / "other" / "model.gguf", fails)
+    assert list((tmp_path / "other").iterdir()) == []

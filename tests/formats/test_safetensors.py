@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from lorafit.errors import AdapterError, Faults, ModelError
-from lorafit.formats.safetensors import INDEX, MAX_HEADER, open_file, open_folder, write_safetensors
+from lorafit.formats.safetensors import INDEX, MAX_HEADER, open_file, open_folder, stream_safetensors, write_safetensors
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -294,3 +294,21 @@ def test_folders_without_safetensors_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(ModelError, match="pickled weights"):
         open_folder(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "dtype"), [("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)])
+def test_a_streamed_file_is_read_by_the_library(code, dtype, tmp_path):
+    """Tensors made one at a time come back with their values, in the order given, and the file passes every check."""
+    tensors = {name: torch.randn(*shape).to(dtype) for name, shape in (("b", (3, 5)), ("a", (7,)), ("c", (2, 2, 2)))}
+    asked = []
+
+    def load(name: str) -> torch.Tensor:
+        asked.append(name)
+        return tensors[name]
+
+    path = tmp_path / "model.safetensors"
+    stream_safetensors(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, code, load)
+    assert asked == ["b", "a", "c"]
+    found = safetensors.torch.load_file(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert open_file(path).dtypes == dict.fromkeys(tensors, code)

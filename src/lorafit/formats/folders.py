@@ -50,6 +50,24 @@ def commit(folder: Path, write: Callable[[Path], None], manifest: bool = True) -
     remove(replaced)
 
 
+def commit_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Make the file `path` by what `write` writes to the path it is given, whole or not at all.
+
+    Raises what `write` raises, and ConfigError when the disk refuses; nothing is left behind then.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    with refusals(path):
+        make_folder(path.parent)
+        remove(temporary)
+        try:
+            write(temporary)
+            sync(temporary)
+            temporary.rename(path)
+            sync(path.parent)
+        finally:
+            remove(temporary)
+
+
 def complete(folder: Path) -> bool:
     """Whether every file that the manifest names is there with its size and hash, and nothing else."""
     try:

@@ -13,14 +13,14 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, uint8
 
 from lorafit.errors import Faults, LorafitError, ModelError
 from lorafit.formats import place
@@ -124,6 +124,30 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     data = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
     with path.open("wb") as file:  # the library's own writing would leave mode 0600
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def stream_safetensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, load: Callable[[str], Tensor]
+) -> None:
+    """Write and sync a file whose tensors, all of one dtype, are made one at a time: no more than one is in memory.
+
+    load: gives the tensor of a name, of its shape and dtype. Raises OSError, and what `load` raises.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = load(name)
+            assert (tuple(tensor.shape), tensor.element_size()) == (shape, BYTES[dtype]), f"{name} is not as announced"
+            file.write(tensor.contiguous().view(-1).view(uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

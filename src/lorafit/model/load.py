@@ -94,7 +94,7 @@ def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedMo
     if config.tie_word_embeddings:
         source.shapes.pop("lm_head.weight", None)  # some exports repeat the tied matrix
     check_tensors(model, source)
-    _fill_buffers(model)
+    fill_buffers(model)
     embedding: FrozenWeight | None = None
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding):
@@ -220,7 +220,7 @@ def _weight(source: WeightSource, name: str, base: str, compute: torch.dtype) ->
         return PackedWeight(stored)
     values = source.load(name)
     if base == "packed":
-        return DenseWeight(values, source.format(name))
+        return DenseWeight(values, source.format(name), mapped=True)
     try:
         found = quantise(values, base) if base in QUANTISED else None
     except ValueError as error:
@@ -233,7 +233,7 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _fill_buffers(model: PreTrainedModel) -> None:
+def fill_buffers(model: PreTrainedModel) -> None:
     """Values for the buffers that no file holds (rotary frequencies), by transformers' own initialisation."""
     for module in model.modules():
         buffers: dict[str, Tensor | None] = module._buffers
