@@ -191,6 +191,8 @@ def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float) -
     about: dict[str, Any] = {"base_model": job.resolved.config.model}
     about |= {key: job.identity[key] for key in ("tokenizer", "template", "data")}
     about["figures"] = {"steps": progress.best_step}
+    if job.resolved.config.template is not None:
+        about["chat_template"] = job.base.tokenizer.chat_template
     if progress.best_loss is not None:
         about["figures"]["held-out loss"] = f"{progress.best_loss:.4f}"
     save_adapter(job.base.model, out / "adapter", about)

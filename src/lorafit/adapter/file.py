@@ -27,7 +27,8 @@ from lorafit.formats.folders import commit
 from lorafit.formats.safetensors import open_file, write_safetensors
 from lorafit.frozen.fingerprint import difference, fingerprint
 
-FILES = ("adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md")
+TEMPLATE_FILE = "chat_template.jinja"  # only where training used another template than the model's
+FILES = ("adapter_config.json", "adapter_model.safetensors", "lorafit.json", "README.md", TEMPLATE_FILE)
 PREFIX = "base_model.model."
 MAX_RANK = 4096
 # Keys of PEFT's configuration that change the result; each must be absent or one of these values.
@@ -49,7 +50,8 @@ PLAIN = {
 def save_adapter(model: nn.Module, folder: str | Path, about: Mapping[str, Any] | None = None) -> None:
     """Write the adapter on `model` into `folder`, which PEFT and lorafit.load_adapter read.
 
-    about: facts for lorafit.json and the model card (`base_model`, `tokenizer`, `template`, `data`, `figures`).
+    about: facts for lorafit.json and the model card (`base_model`, `tokenizer`, `template`, `data`, `figures`), and
+    `chat_template`, the source of a template that is not the model's own.
     An older adapter there is replaced. Raises AdapterError when the model has no adapter or `folder` holds other files,
     which would be lost; ConfigError when the disk refuses.
     """
@@ -73,6 +75,8 @@ def save_adapter(model: nn.Module, folder: str | Path, about: Mapping[str, Any] 
         write_safetensors(temporary / "adapter_model.safetensors", tensors)
         (temporary / "lorafit.json").write_text(json.dumps(ours, indent=1, sort_keys=True) + "\n")
         (temporary / "README.md").write_text(_model_card(config, about), encoding="utf-8")
+        if about.get("chat_template"):
+            (temporary / TEMPLATE_FILE).write_text(about["chat_template"], encoding="utf-8")
 
     commit(folder, write, manifest=False)
 
