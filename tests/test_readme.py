@@ -49,12 +49,16 @@ def folder(tmp_path_factory):
 
 
 def test_the_commands_run_as_they_stand(folder, monkeypatch):
-    """Preview, train, generate, chat and eval, in that order, each with exit code 0; then the two that go on from a
-    run."""
+    """Each in the README's order, with exit code 0; then the two that go on from a run."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))  # what is said to chat
+    monkeypatch.setattr("lorafit.export.verify.find_spec", lambda name: None)  # llama.cpp refuses so tiny a vocabulary
     found = commands()
-    assert [command.split()[1] for command in found] == ["preview", "train", "generate", "chat", "eval"]
+    assert [command.split()[1] for command in found] == [
+        *["preview", "train", "generate", "chat", "eval"],
+        *["export"] * 3,
+        "merge",
+    ]
     later = ["lorafit train --resume runs/mine", "lorafit train --config runs/mine/run.yaml --out NEW"]
     assert all(command.replace("runs/mine/run.yaml", "run.yaml") in README for command in later)
     for command in [*found, *later]:

@@ -150,6 +150,11 @@ def _settings(options: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**_given({name: options.pop(name) for name in config.field_types() if name in options}))
 
 
+def _some(options: dict[str, Any], *names: str) -> TrainConfig:
+    """These of the configuration's fields alone, taken out of a command's options; the others keep their defaults."""
+    return TrainConfig(**_given({name: options.pop(name) for name in names}))
+
+
 def _resolve(file: str | None, flags: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """(settings, where each came from) of the configuration file and the flags: a flag wins over the file."""
     given = _given(flags)
@@ -275,6 +280,97 @@ def report(out: str) -> None:
         from lorafit.evaluate.report import redraw
 
     console.result(str(redraw(Path(out))))
+
+
+DTYPE_HELP = "What the result is stored in. auto = as the base's file; bf16 for a quantised one."
+COMPARE = "Rows whose answers are compared between programs. Default: four bundled questions."
+
+
+@cli.command(epilog=WORDS)
+@click.argument("model")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--out", metavar="DIR", required=True, help="Folder for the result; refused if it exists.")
+@click.option("--weights", metavar="NUMBERS", help="One for each adapter, separated by commas. Default: all 1.")
+@click.option(
+    "--combine",
+    type=click.Choice(["add", "ties", "dare", "dare-ties"]),
+    default="add",
+    help="How several adapters become one: their weighted sum; TIES, which trims and elects signs; DARE, which drops "
+    "values at random; both. [default: add]",
+)
+@click.option("--density", type=float, default=0.2, help="Share of values that ties and dare keep. [default: 0.2]")
+@config_options("seed", "threads", "template")
+@click.option("--dtype", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto", help=DTYPE_HELP)
+@click.option("--as-adapter", is_flag=True, help="Write the combined adapter (PEFT's layout), not a merged model.")
+@click.option("--rank", type=click.IntRange(1), help="With --as-adapter: cut to this rank. Default: the ranks' sum.")
+@click.option("--data", metavar="FILE", help=COMPARE)
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+def merge(as_json: bool, **options: Any) -> None:
+    """Add adapters into MODEL: a plain Hugging Face folder."""
+    settings = _some(options, "seed", "threads", "template")
+    with _importing():
+        from lorafit.export.merge import Combination
+        from lorafit.export.merge import merge as run_merge
+
+    weights = _numbers("--weights", options.pop("weights"))
+    how = Combination(options.pop("combine"), weights, options.pop("density"), settings.seed)
+    found = run_merge(**options, how=how, template=settings.template, threads=settings.threads)
+    console.facts(found, as_json)
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise ConfigError(option, f"is {text}", "give numbers separated by commas") from None
+
+
+@cli.command(epilog=WORDS)
+@click.argument("base")
+@click.argument("tuned")
+@click.option("--rank", type=click.IntRange(1), required=True, help="Rank of the adapter.")
+@click.option("--out", metavar="DIR", required=True, help="Folder for the adapter; refused if it exists.")
+@config_options("targets", "threads")
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+def extract(as_json: bool, **options: Any) -> None:
+    """Make an adapter from two full models: the difference of TUNED to BASE, cut to a rank in each layer."""
+    settings = _some(options, "targets", "threads")
+    with _importing():
+        from lorafit.export.extract import extract as run_extract
+
+    console.facts(run_extract(**options, targets=settings.targets, threads=settings.threads), as_json)
+
+
+@cli.command(epilog=WORDS)
+@click.argument("model")
+@click.argument("adapter")
+@click.option(
+    "--to",
+    type=click.Choice(["peft", "portable", "gguf", "gguf-merged", "ollama", "mlx"]),
+    required=True,
+    help="peft: the adapter as it is; portable: PEFT's layout with one rank and one scale, for vLLM and others; gguf: "
+    "an adapter file for llama.cpp; gguf-merged: base and adapter in one file; ollama: a folder with a Modelfile; mlx: "
+    "mlx-lm's folder.",
+)
+@click.option("--out", metavar="PATH", required=True, help="File (gguf, gguf-merged) or folder; refused if it exists.")
+@click.option(
+    "--dtype",
+    "kind",
+    type=click.Choice(["auto", "F32", "F16", "BF16", "Q8_0", "Q4_0"], case_sensitive=False),
+    default="auto",
+    help="Of a merged GGUF file's matrices. auto = as the base's file; Q8_0 for a quantised one.",
+)
+@config_options("threads", "template")
+@click.option("--data", metavar="FILE", help=COMPARE)
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+def export(as_json: bool, **options: Any) -> None:
+    """Write ADAPTER in the files of another program, load them there, and compare log-probabilities."""
+    settings = _some(options, "threads", "template")
+    with _importing():
+        from lorafit.export.targets import export as run_export
+
+    console.facts(run_export(**options, template=settings.template, threads=settings.threads), as_json)
 
 
 @cli.command()

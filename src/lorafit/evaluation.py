@@ -8,7 +8,6 @@ from typing import Any
 
 from lorafit import console
 from lorafit.adapter.attach import detach
-from lorafit.adapter.file import load_adapter
 from lorafit.config import TrainConfig
 from lorafit.data.tokens import TokenRow
 from lorafit.errors import ConfigError, NonFiniteError
@@ -18,7 +17,7 @@ from lorafit.evaluate.tasks import Judge, Task, check_json, questions, read_metr
 from lorafit.inputs import read_rows
 from lorafit.model.load import Base
 from lorafit.settings import MICRO_BATCHES
-from lorafit.use import encode_all, open_base, say_template
+from lorafit.use import encode_all, open_base, put_on, say_template
 
 Entry = dict[str, Any]
 BUDGET = max(MICRO_BATCHES)  # tokens computed at once
@@ -65,7 +64,7 @@ def evaluate(
     results: list[Entry] = []
     plain: dict[str, HeldOut] = {}
     for adapter in (None, *adapters):
-        for note in load_adapter(loaded.model, adapter) if adapter is not None else []:
+        for note in put_on(loaded.model, config.model, adapter) if adapter is not None else []:
             console.say(f"{adapter}: {note}")
         entry: Entry = {"adapter": adapter}
         for name, found in rows.items():

@@ -13,8 +13,15 @@ from lorafit.errors import ConfigError
 def describe(path: Path) -> dict[str, Any]:
     """Facts about a model, adapter, run or checkpoint. Raises ConfigError for anything else."""
     if path.is_file():
-        return _model(path)
-    for name, reader in (("run.yaml", _run), ("adapter_config.json", _adapter), ("state.json", _checkpoint)):
+        return _gguf_adapter(path) or _model(path)
+    readers = (
+        ("run.yaml", _run),
+        ("Modelfile", _ollama),
+        ("adapters.safetensors", _mlx),
+        ("adapter_config.json", _adapter),
+        ("state.json", _checkpoint),
+    )
+    for name, reader in readers:
         if (path / name).is_file():
             return reader(path)
     if (path / "config.json").is_file():
@@ -78,6 +85,52 @@ def _adapter(path: Path) -> dict[str, Any]:
             **{key: about.get(key) for key in ("tokenizer", "template")},
         },
     }
+
+
+def _gguf_adapter(path: Path) -> dict[str, Any] | None:
+    """A LoRA adapter for llama.cpp; None for another file."""
+    from lorafit.formats.gguf import read_gguf
+
+    if path.suffix != ".gguf":
+        return None
+    gguf = read_gguf(path)
+    if gguf.value("general.type", str, "model") != "adapter":
+        return None
+    ranks = sorted({tensor.shape[-2] for name, tensor in gguf.tensors.items() if name.endswith(".lora_a")})
+    return {
+        "kind": "GGUF adapter",
+        "architecture": gguf.value("general.architecture", str),
+        "rank": ranks[0] if len(ranks) == 1 else ranks,
+        "alpha": gguf.value("adapter.lora.alpha", float),
+        "tensors": len(gguf.tensors),
+        "parameters": sum(_size(tensor.shape) for tensor in gguf.tensors.values()),
+        "chat_template": "tokenizer.chat_template" in gguf.metadata,
+    }
+
+
+def _mlx(path: Path) -> dict[str, Any]:
+    """An adapter in mlx-lm's layout."""
+    from lorafit.export.mlx import read_mlx
+
+    updates, config = read_mlx(path), _read_object(path / "adapter_config.json")
+    return {
+        "kind": "mlx-lm adapter",
+        "base": config.get("model"),
+        "rank": config["lora_parameters"]["rank"],
+        "scale": config["lora_parameters"]["scale"],
+        "target_modules": config["lora_parameters"]["keys"],
+        "layers": len(updates),
+        "parameters": sum(update.A.numel() + update.B.numel() for update in updates.values()),
+    }
+
+
+def _ollama(path: Path) -> dict[str, Any]:
+    """A folder with Ollama's Modelfile."""
+    lines = (path / "Modelfile").read_text(encoding="utf-8").splitlines()
+    first = dict(line.split(" ", 1) for line in lines if line.startswith(("FROM ", "ADAPTER ")))
+    adapter = path / first.get("ADAPTER", "")
+    own = _gguf_adapter(adapter) if adapter.is_file() else None
+    return {"kind": "Ollama model", "base": first.get("FROM"), "adapter": own}
 
 
 def _run(path: Path) -> dict[str, Any]:

@@ -46,9 +46,18 @@ def load(model: str | Path, adapter: str | Path | None = None, base: str = "auto
     loaded: Any = opened.model
     loaded.tokenizer = as_transformers(opened.tokenizer)
     if adapter is not None:
-        for note in load_adapter(loaded, adapter):
+        for note in put_on(loaded, model, adapter):
             console.say(note)
     return loaded.eval()
+
+
+def put_on(model: nn.Module, base: str | Path, adapter: str | Path) -> list[str]:
+    """Put an adapter's folder, or a GGUF adapter file, on the plain model of `base`; notes for the user."""
+    if Path(adapter).is_file():
+        from lorafit.export.gguf_adapter import put_gguf_adapter
+
+        return put_gguf_adapter(model, Path(base), Path(adapter))
+    return load_adapter(model, adapter)
 
 
 def preview(config: TrainConfig, *, count: int | None, as_json: bool) -> int:
@@ -122,7 +131,7 @@ def answer(
     say_template(loaded.tokenizer)
     context = int(loaded.model.config.max_position_embeddings)
     prompts = encode_all(records, system, loaded.tokenizer, context)
-    for note in load_adapter(loaded.model, adapter) if adapter else []:
+    for note in put_on(loaded.model, config.model, adapter) if adapter else []:
         console.say(note)
     outputs = stream(
         loaded.model,

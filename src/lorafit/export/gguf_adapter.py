@@ -1,0 +1,142 @@
+"""A LoRA adapter as the GGUF file that llama.cpp puts on a base of the same architecture.
+
+    general.type = adapter, adapter.type = lora, adapter.lora.alpha
+    blk.3.attn_q.weight.lora_a        (r, in)       blk.3.attn_q.weight.lora_b        (out, r), rows in the file's order
+    blk.3.ffn_gate_exps.weight.lora_a (E, r, in)    blk.3.ffn_gate_exps.weight.lora_b (E, out, r)
+
+Experts' gate and up, one tensor in transformers, are two here: they share A, and each has its half of B.
+
+llama.cpp multiplies B A by alpha / r, r being each tensor's own rank. Every scale is therefore baked into B, and alpha
+is the rank, or 0 where ranks differ, for which llama.cpp multiplies by 1 too: rsLoRA and patterns need no key.
+Source: llama.cpp, src/llama-adapter.cpp and its convert_lora_to_gguf.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.adapter.attach import adapted_layers, linear_layers
+from lorafit.adapter.combine import LowRank
+from lorafit.adapter.merge import put_factors
+from lorafit.errors import AdapterError, Faults, LorafitError
+from lorafit.export.placement import GATE_UP, Placement, placement
+from lorafit.formats import place
+from lorafit.formats.gguf import GgufFile, read_gguf
+from lorafit.formats.gguf_write import write_gguf
+from lorafit.kernels import ops
+from lorafit.model.sources import open_source
+
+HALVES = (".lora_a", ".lora_b")
+
+
+def write_gguf_adapter(
+    path: Path, where: Placement, updates: Mapping[str, LowRank], model: str, name: str, template: str
+) -> None:
+    """Write the file at `path`, F32. updates: by layer path; model: for errors. Raises ModelError for a layer that GGUF
+    has no name for."""
+    ranks = {update.rank for update in updates.values()}
+    tensors: dict[str, Tensor] = {}
+    for layer, (A, B) in updates.items():
+        entries = where.of(layer, model)
+        for entry, part in zip(entries, B.chunk(len(entries), dim=-2), strict=True):
+            order = entry.row_order()
+            rows = part if order is None else torch.empty_like(part).index_copy_(0, torch.from_numpy(order), part)
+            tensors[f"{entry.tensor}.lora_a"], tensors[f"{entry.tensor}.lora_b"] = A, rows
+    metadata = {
+        "general.type": ("adapter", "string"),
+        "general.name": (name, "string"),
+        "adapter.type": ("lora", "string"),
+        "adapter.lora.alpha": (float(ranks.pop()) if len(ranks) == 1 else 0.0, "float32"),
+        "tokenizer.chat_template": (template, "string"),
+    }
+    plan = {tensor: (tuple(values.shape), "F32") for tensor, values in tensors.items()}
+    write_gguf(path, where.architecture, metadata, plan, lambda tensor: tensors[tensor].contiguous().numpy())
+
+
+def read_gguf_adapter(path: Path, where: Placement) -> dict[str, LowRank]:
+    """The updates in a GGUF adapter, ours or llama.cpp's, by layer path, scales in B.
+
+    Raises AdapterError for a file that is no LoRA adapter of this architecture, or a tensor without its other half.
+    """
+    gguf = read_gguf(path)
+    for key, wanted in (
+        ("general.type", "adapter"),
+        ("adapter.type", "lora"),
+        ("general.architecture", where.architecture),
+    ):
+        found = gguf.value(key, str, "")
+        if found != wanted:
+            raise AdapterError(place(path, key), f"is {found[:40]!r}, not {wanted}", "give a LoRA adapter of this base")
+    alpha = gguf.value("adapter.lora.alpha", float)
+    bases = {name.removesuffix(half) for name in gguf.tensors for half in HALVES if name.endswith(half)}
+    other = next((name for name in gguf.tensors if not name.endswith(HALVES)), None)
+    if other is not None:
+        raise AdapterError(place(path, other), "is no half of an update", "merge that adapter with its own program")
+    names = {entry.tensor: name for name, entry in where.entries.items()}
+    read = {}
+    for base in sorted(bases):
+        if base not in names:
+            raise AdapterError(place(path, base), "names no tensor of this base", "give the base that it was made for")
+        A, B = (_values(gguf, f"{base}{half}") for half in HALVES)
+        if A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
+            what = f"has halves of shapes {list(A.shape)} and {list(B.shape)}"
+            raise AdapterError(place(path, base), what, "convert the adapter again")
+        order = where.entries[names[base]].row_order()
+        B = B if order is None else B[torch.from_numpy(order)]
+        read[names[base].removesuffix(".weight")] = LowRank(A, B * (alpha / A.shape[-2]) if alpha else B)
+    return _joined(read, path)
+
+
+def _joined(read: dict[str, LowRank], path: Path) -> dict[str, LowRank]:
+    """Experts' gate and up as one update: with the A that they share, or of the ranks' sum where they do not."""
+    updates = {}
+    for layer, update in read.items():
+        module, _, own = layer.rpartition(".")
+        if update.A.ndim == 2 or own not in GATE_UP:
+            updates[layer] = update
+        elif own == GATE_UP[0]:
+            if f"{module}.{GATE_UP[1]}" not in read:
+                raise AdapterError(place(path, layer), "has no `up` beside it", "the adapter is incomplete")
+            up = read[f"{module}.{GATE_UP[1]}"]
+            zeros = [one.B.new_zeros(*one.B.shape[:-1], other.rank) for one, other in ((update, up), (up, update))]
+            halves = [torch.cat([update.B, zeros[0]], dim=-1), torch.cat([zeros[1], up.B], dim=-1)]
+            both = LowRank(torch.cat([update.A, up.A], dim=-2), torch.cat(halves, dim=-2))
+            shared = LowRank(update.A, torch.cat([update.B, up.B], dim=-2)) if torch.equal(update.A, up.A) else None
+            updates[f"{module}.gate_up_proj"] = shared or both
+    return updates
+
+
+def put_gguf_adapter(model: nn.Module, base: Path, file: Path) -> list[str]:
+    """Put the adapter in a GGUF file on the plain `model` of the file or folder `base`; notes for the user.
+
+    Raises AdapterError (or Faults) for what does not fit; then the model is as it was.
+    """
+    if any(adapted_layers(model)):
+        raise AdapterError(str(file), "cannot be put on a model that has an adapter", "load it on the plain model")
+    updates, layers = read_gguf_adapter(file, placement(base, open_source(base))), linear_layers(model)
+    faults: list[LorafitError] = []
+    for path, update in updates.items():
+        layer, shape = layers.get(path), (len(update.B), update.A.shape[1])
+        if layer is None or shape != (layer.out_features, layer.in_features):
+            faults.append(AdapterError(f"{file}: {path}", f"is an update of shape {list(shape)}, which does not fit"))
+        elif not bool(torch.isfinite(update.A).all() and torch.isfinite(update.B).all()):
+            faults.append(AdapterError(f"{file}: {path}", "holds NaN or infinity", "convert the adapter again"))
+    if faults:
+        raise Faults(faults) if len(faults) > 1 else faults[0]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    put_factors(model, updates)
+    return ["a GGUF adapter has no fingerprint: its base can be checked by names and shapes only"]
+
+
+def _values(gguf: GgufFile, name: str) -> Tensor:
+    """A tensor's values, fp32. Raises AdapterError when it is missing."""
+    if name not in gguf.tensors:
+        raise AdapterError(place(gguf.path, name), "is missing", "the adapter is incomplete")
+    tensor = gguf.tensors[name]
+    stored = ops.Stored(tensor.type.name, tensor.shape[-1], torch.from_dlpack(tensor.data))
+    return ops.values(stored).view(tensor.shape)

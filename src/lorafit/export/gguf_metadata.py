@@ -1,0 +1,200 @@
+"""A Hugging Face folder's configuration and tokenizer as the keys of a GGUF file.
+
+Nothing is guessed: the file that is written is read back, and its configuration and token ids must be the folder's. The
+name by which llama.cpp cuts text into words is the one of its names that cuts this tokenizer's way.
+Sources: llama.cpp's conversion of each family, the GGUF specification.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorafit.errors import ModelError
+from lorafit.formats.gguf_tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER_DEFINED, from_metadata
+from lorafit.formats.tokenizer import TextTokenizer
+
+UNUSED, BYTE = 5, 6
+Metadata = dict[str, tuple[Any, str]]
+"""(value, type) by key."""
+PROBES = (
+    "The harbour was quiet at 6:45; 12 ships, 12345 people, naïve café e\u0301.\n\n\tdef f(x):\n    return x  # fin",
+    "It's WE'LL they've I'm 3.14159 100,000 x=y+1 ... !!! ??? http://a.b/c?d=e&f=g",
+    "東京は日本の首都です。 Привет, мир! مرحبا 안녕하세요 🚢🚢 camelCaseWord HTTPServer",
+    "  two spaces   three\r\n\r\n  and\ttabs \n \n end ",
+)
+
+
+def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> Metadata:
+    """general.* and the architecture's own keys. Raises ModelError for rotary scaling that GGUF does not have."""
+    heads = int(config["num_attention_heads"])
+    kv_heads = int(config.get("num_key_value_heads") or heads)
+    width = int(config.get("head_dim") or config["hidden_size"] // heads)
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"}
+    full = rope.get("full_attention", rope)
+    keys: Metadata = {
+        "block_count": (config["num_hidden_layers"], "uint32"),
+        "context_length": (config.get("max_position_embeddings", 2048), "uint32"),
+        "embedding_length": (config["hidden_size"], "uint32"),
+        "feed_forward_length": (config["intermediate_size"], "uint32"),
+        "attention.head_count": (heads, "uint32"),
+        "attention.head_count_kv": (kv_heads, "uint32"),
+        "attention.key_length": (width, "uint32"),
+        "attention.value_length": (width, "uint32"),
+        "attention.layer_norm_rms_epsilon": (config.get("rms_norm_eps", 1e-6), "float32"),
+        "rope.freq_base": (full.get("rope_theta", 10000.0), "float32"),
+        "rope.dimension_count": (width, "uint32"),
+        "vocab_size": (config["vocab_size"], "uint32"),
+    }
+    keys |= _scaling(full) | _experts(config)
+    if architecture == "gemma3":
+        keys |= _gemma3(config, rope)
+    general: Metadata = {"general.type": ("model", "string"), "general.name": (name, "string")}
+    return general | {f"{architecture}.{key}": value for key, value in keys.items()}
+
+
+def _scaling(rope: Mapping[str, Any]) -> Metadata:
+    kind = rope.get("rope_type", "default")
+    if kind in ("default", "llama3"):  # Llama 3's is a tensor of the file
+        return {}
+    keys: Metadata = {
+        "rope.scaling.type": (kind, "string"),
+        "rope.scaling.factor": (rope.get("factor", 1.0), "float32"),
+    }
+    if kind == "yarn" and "original_max_position_embeddings" in rope:
+        keys["rope.scaling.original_context_length"] = (rope["original_max_position_embeddings"], "uint32")
+    return keys
+
+
+def _experts(config: Mapping[str, Any]) -> Metadata:
+    count = config.get("num_experts") or config.get("num_local_experts")
+    if not count:
+        return {}
+    return {
+        "expert_count": (count, "uint32"),
+        "expert_used_count": (config["num_experts_per_tok"], "uint32"),
+        "expert_feed_forward_length": (config.get("moe_intermediate_size") or config["intermediate_size"], "uint32"),
+    }
+
+
+def _gemma3(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Metadata:
+    kinds = config.get("layer_types") or []
+    period = kinds.index("full_attention") + 1 if "full_attention" in kinds else 6
+    keys: Metadata = {
+        "attention.sliding_window": (config["sliding_window"], "uint32"),
+        "attention.sliding_window_pattern": (period, "uint32"),
+    }
+    local = rope.get("sliding_attention", {}).get("rope_theta", config.get("rope_local_base_freq"))
+    if local is not None:
+        keys["rope.freq_base_swa"] = (local, "float32")
+    if config.get("final_logit_softcapping"):
+        keys["final_logit_softcapping"] = (config["final_logit_softcapping"], "float32")
+    return keys
+
+
+def rope_factors(config: Mapping[str, Any], frequencies: np.ndarray) -> np.ndarray | None:
+    """`rope_freqs.weight` of a Llama 3 model: the plain rotary frequencies over those in use; None for others."""
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") != "llama3":
+        return None
+    plain = float(rope["rope_theta"]) ** -(np.arange(len(frequencies)) / len(frequencies))
+    return (plain / frequencies).astype(np.float32)
+
+
+def tokenizer_metadata(tokenizer: TextTokenizer, rows: int, template: str) -> Metadata:
+    """tokenizer.* of a folder's tokenizer; rows: of the embedding. Raises ModelError for one that GGUF cannot say."""
+    content = json.loads(tokenizer.backend.to_str())
+    if content["model"]["type"] != "BPE":
+        what = f"is a {content['model']['type']} tokenizer"
+        raise ModelError(f"{tokenizer.place}: tokenizer.json", what, "convert the merged folder with llama.cpp")
+    byte_level = not content["model"].get("byte_fallback")
+    tokens, types = _tokens(tokenizer, content, rows)
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
+    keys: Metadata = {
+        "tokenizer.ggml.model": ("gpt2" if byte_level else "llama", "string"),
+        "tokenizer.ggml.tokens": (tokens, "array of string"),
+        "tokenizer.ggml.token_type": (types, "array of int32"),
+        "tokenizer.chat_template": (template, "string"),
+        "tokenizer.ggml.add_bos_token": (tokenizer.add_bos, "bool"),
+    }
+    for name, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        if number is not None:
+            keys[f"tokenizer.ggml.{name}_token_id"] = (number, "uint32")
+    if byte_level:
+        keys["tokenizer.ggml.merges"] = ([" ".join(pair) for pair in pairs], "array of string")
+        keys["tokenizer.ggml.pre"] = ("gpt-2", "string")
+        return _with_pre(tokenizer, keys)
+    unknown = content["model"].get("unk_token")
+    if unknown is not None:
+        keys["tokenizer.ggml.unknown_token_id"] = (tokenizer.backend.token_to_id(unknown), "uint32")
+    keys["tokenizer.ggml.scores"] = (_scores(tokens, pairs), "array of float32")
+    prefixed = '"Prepend"' in json.dumps(content.get("normalizer"))
+    keys["tokenizer.ggml.add_space_prefix"] = (prefixed, "bool")
+    _check_ids(tokenizer, keys)
+    return keys
+
+
+def _tokens(tokenizer: TextTokenizer, content: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """Every row's token and its type; rows that no token has are named and unused."""
+    by_id = {number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
+    added = {entry["id"]: bool(entry["special"]) for entry in content.get("added_tokens", [])}
+    unknown = content["model"].get("unk_token")
+    tokens, types = [], []
+    for number in range(rows):
+        token = by_id.get(number)
+        tokens.append(f"[UNUSED{number}]" if token is None else token)
+        if token is None:
+            types.append(UNUSED)
+        elif token == unknown:
+            types.append(2)
+        elif number in added:
+            types.append(CONTROL if added[number] else USER_DEFINED)
+        else:
+            types.append(BYTE if content["model"].get("byte_fallback") and _is_byte(token) else NORMAL)
+    return tokens, types
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
+    """A score for each token, by the first merge that makes it; SentencePiece's order is that of its scores."""
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(merges):
+        ranks.setdefault("".join(pair), rank)
+    return [-float(ranks.get(token, len(merges))) for token in tokens]
+
+
+def _with_pre(tokenizer: TextTokenizer, keys: Metadata) -> Metadata:
+    """The keys with the pre-tokenizer's name, the first that gives this tokenizer's ids. Raises ModelError."""
+    tried = set()
+    for name, split in PRE_TOKENIZERS.items():
+        if split not in tried:
+            tried.add(split)
+            named = keys | {"tokenizer.ggml.pre": (name, "string")}
+            if _differing(tokenizer, named) is None:
+                return named
+    what = "cuts text into words in a way that has no name in GGUF"
+    raise ModelError(f"{tokenizer.place}: tokenizer.json", what, "convert the merged folder with llama.cpp")
+
+
+def _check_ids(tokenizer: TextTokenizer, keys: Metadata) -> None:
+    text = _differing(tokenizer, keys)
+    if text is not None:
+        what = f"gives other token ids through GGUF's keys for {text!r:.60}"
+        raise ModelError(f"{tokenizer.place}: tokenizer.json", what, "convert the merged folder with llama.cpp")
+
+
+def _differing(tokenizer: TextTokenizer, keys: Metadata) -> str | None:
+    """The first text whose ids differ through these keys."""
+    plain = {key: value for key, (value, _) in keys.items()}
+    theirs = from_metadata(plain, Path(tokenizer.place))
+    for text in PROBES:
+        if theirs.encode(text, parse_special=False).ids != tokenizer.encode(text, parse_special=False).ids:
+            return text
+    return None

@@ -1,0 +1,192 @@
+"""Base and adapter as one GGUF file: every matrix in one format, all metadata, tokenizer and chat template along.
+
+Formats are those that gguf-py can write: F32, F16, BF16, Q8_0, Q4_0. Vectors and routers stay F32. With Q4_0 the
+embedding and the head are Q8_0, as they suffer most. A matrix whose rows do not divide into blocks becomes F16.
+Tensors that the adapter leaves alone and that have their format already are copied byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafit import console
+from lorafit.adapter.merge import Change
+from lorafit.errors import ModelError
+from lorafit.export.gguf_metadata import Metadata, model_metadata, rope_factors, tokenizer_metadata
+from lorafit.export.merge import Rounding
+from lorafit.export.opened import Opened
+from lorafit.export.placement import GATE_UP, Placement, placement
+from lorafit.formats.gguf import GgufFile, read_gguf
+from lorafit.formats.gguf_config import hf_config
+from lorafit.formats.gguf_write import fits, rounded, write_gguf
+from lorafit.formats.names import ROPE_FACTORS, Entry
+from lorafit.kernels import ops
+
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers of whole files
+TOP = ("token_embd.weight", "output.weight")
+DROPPED = (
+    "quantize.",
+    "general.file_type",
+    "general.quantization_version",
+    "split.",
+    "general.alignment",
+)  # of the base's metadata
+
+
+@dataclass(frozen=True)
+class MergedFile:
+    """What is written: where each tensor comes from."""
+
+    opened: Opened
+    where: Placement
+    kind: str
+    changes: Mapping[str, Change]
+    rounding: Rounding
+
+    def write(self, path: Path) -> None:
+        """Write the file and read its configuration back. Raises ModelError for what GGUF cannot say."""
+        base = read_gguf(self.opened.path) if self.opened.path.is_file() else None
+        by_tensor = {entry.tensor: (name, entry) for name, entry in self.where.entries.items()}
+        extra = None if base else self._rope_factors()
+        self._check_names()
+        plan: dict[str, tuple[tuple[int, ...], str]] = {}
+        for tensor in base.tensors if base else by_tensor:
+            shape = base.tensors[tensor].shape if base else by_tensor[tensor][1].shape
+            plan[tensor] = (shape, self._format(tensor, shape))
+        if extra is not None:
+            plan[ROPE_FACTORS] = (extra.shape, "F32")
+
+        def load(tensor: str) -> np.ndarray:
+            if tensor == ROPE_FACTORS and extra is not None:
+                return extra
+            kind = plan[tensor][1]
+            name, entry = by_tensor.get(tensor, ("", None))
+            if base is not None and (
+                entry is None or (_whole(name) not in self.changes and base.tensors[tensor].type.name == kind)
+            ):
+                return _bytes(base, tensor, kind)
+            assert entry is not None, f"{tensor} has no entry"
+            values, update = self._values(name)
+            if update is not None:
+                values = values + update
+                self.rounding.note(values, torch.from_numpy(rounded(values.numpy(), kind)), update)
+            return to_file(entry, values).numpy()
+
+        write_gguf(path, self.where.architecture, self._metadata(base), plan, load)
+        if base is None:
+            self._check_config(path)
+
+    def _values(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """(a tensor of the base, what the adapter adds to it or None), fp32; experts' gate and up out of their one."""
+        whole = _whole(name)
+        values, change = self.opened.load(whole).float(), self.changes.get(whole)
+        update = None if change is None else change(values)
+        stack = self.opened.stack(whole)
+        if stack is None:
+            return values, update
+        rows = stack.out_features if whole == name else stack.out_features // len(GATE_UP)
+        start = 0 if whole == name else rows * GATE_UP.index(name.rpartition(".")[2])
+
+        def cut(whole_EOI: Tensor) -> Tensor:
+            return (whole_EOI.mT if stack.transposed else whole_EOI)[:, start : start + rows].contiguous()
+
+        return cut(values), None if update is None else cut(update)
+
+    def _format(self, tensor: str, shape: tuple[int, ...]) -> str:
+        if len(shape) < 2 or "ffn_gate_inp" in tensor or not tensor.endswith("weight"):
+            return "F32"
+        kind = "Q8_0" if self.kind == "Q4_0" and tensor in TOP else self.kind
+        return kind if fits(shape, kind) else "F16"
+
+    def _metadata(self, base: GgufFile | None) -> Metadata:
+        template = self.opened.template
+        if base is not None:
+            kept = {key: value for key, value in base.metadata.items() if not key.startswith(DROPPED)}
+            found: Metadata = {key: (value, base.types[key]) for key, value in kept.items()}
+        else:
+            found = model_metadata(self.where.architecture, self.opened.source.config, self.opened.path.name)
+            rows = self.opened.source.shapes["model.embed_tokens.weight"][0]
+            found |= tokenizer_metadata(self.opened.tokenizer, rows, template)
+        found["general.file_type"] = (FILE_TYPES[self.kind], "uint32")
+        if self.kind.startswith("Q"):
+            found["general.quantization_version"] = (2, "uint32")
+        found["tokenizer.chat_template"] = (template, "string")
+        return found
+
+    def _check_names(self) -> None:
+        """Raise ModelError for a tensor that the file would leave out."""
+        source = self.opened.source
+        named = {_whole(name) for name in self.where.entries}
+        for name in source.shapes:
+            if name not in named and not source.ignorable(name):
+                what = f"has no place in GGUF's {self.where.architecture} files"
+                raise ModelError(f"{source.place}: {name}", what, "export to peft, or merge to a folder")
+
+    def _rope_factors(self) -> np.ndarray | None:
+        config = self.opened.source.config
+        rotary = getattr(self.opened.model.get_decoder(), "rotary_emb", None)
+        frequencies = getattr(rotary, "inv_freq", None)
+        return None if frequencies is None else rope_factors(config, frequencies.numpy())
+
+    def _check_config(self, path: Path) -> None:
+        """The written file must describe the model that it was made of."""
+        theirs, ours = hf_config(read_gguf(path)), self.opened.model.config.to_dict()
+        window = ours.get("sliding_window") if ours.get("use_sliding_window", True) else None
+        if window and "sliding_window" not in theirs:
+            console.warn(
+                f"GGUF's {self.where.architecture} files have no sliding window: beyond {window} tokens it differs"
+            )
+        for key, value in theirs.items():
+            if key.endswith("token_id") or key == "model_type" or key not in ours or value is None:
+                continue
+            if not _same(value, ours[key]):
+                what = f"is {ours[key]}, and GGUF's {self.where.architecture} files can only say {value}"
+                raise ModelError(f"{self.opened.path}: {key}", what[:300], "export to peft, or merge to a folder")
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    """Whether a value of the configuration survived; numbers as far as fp32 goes."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        return all(_same(value, ours[key]) for key, value in theirs.items() if ours.get(key) is not None)
+    if isinstance(theirs, float) or isinstance(ours, float):
+        return ours is None or abs(theirs - ours) <= 1e-5 * abs(theirs)
+    return bool(theirs == ours) or ours is None
+
+
+def _whole(name: str) -> str:
+    """The parameter that a GGUF tensor is of: experts' gate and up are one in transformers."""
+    module, _, own = name.rpartition(".")
+    return f"{module}.gate_up_proj" if own in GATE_UP and module.endswith(".experts") else name
+
+
+def to_file(entry: Entry, values: Tensor) -> Tensor:
+    """A parameter as it stands in the file: its rows in the file's order, its norm's one added."""
+    order = entry.row_order()
+    if order is not None:
+        values = torch.empty_like(values).index_copy_(0, torch.from_numpy(order), values)
+    return (values + entry.plus if entry.plus else values).contiguous()
+
+
+def _bytes(base: GgufFile, tensor: str, kind: str) -> np.ndarray:
+    """A tensor of the base as it lies in its file, or its values where the format changes."""
+    found = base.tensors[tensor]
+    if found.type.name == kind:
+        return np.ascontiguousarray(found.data).reshape(-1)
+    stored = ops.Stored(found.type.name, found.shape[-1], torch.from_dlpack(found.data))
+    return ops.values(stored).view(found.shape).numpy()
+
+
+def merged_file(opened: Opened, kind: str, changes: Mapping[str, Change], rounding: Rounding) -> MergedFile:
+    """Ready to be written. Raises ModelError for a model type that has no GGUF architecture here, and for experts whose
+    gate and up are interleaved."""
+    where = placement(opened.path, opened.source)
+    for name in getattr(opened.source, "stacks", {}):
+        where.of(name, opened.source.place)
+    return MergedFile(opened, where, kind, changes, rounding)
