@@ -5,8 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test proof proof-native proof-real proof-kill proof-quality proof-triton proof-track proof-page \
-  proof-variants proof-forgetting constraints clean
+.PHONY: demo test proof constraints clean
 
 $(VENV)/made: pyproject.toml constraints.txt $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -35,34 +34,24 @@ test: $(VENV)/made-test
 
 proof: proof-native proof-kill proof-real
 
-proof-native: $(VENV)/made-test
-	$(BIN)/python -m pytest -s proofs/test_native.py
+proof-%: $(VENV)/made-test
+	$(BIN)/python -m pytest -s proofs/test_$*.py
 
-proof-real: $(VENV)/made-test
-	$(BIN)/python -m pytest -s proofs/test_real.py
-
-proof-kill: $(VENV)/made-test
-	$(BIN)/python -m pytest -s proofs/test_kill.py
-
-proof-quality: $(VENV)/made-test
-	$(BIN)/python -m pytest -s proofs/test_quality.py
-
-proof-triton: $(VENV)/made-test
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[cuda]'
+proof-triton: $(VENV)/made-cuda
 	$(BIN)/python -m pytest proofs/test_triton.py
 
-proof-track: $(VENV)/made-test
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[track]'
+proof-track: $(VENV)/made-track
 	$(BIN)/python -m pytest proofs/test_track.py
 
-proof-page: $(VENV)/made-test
-	$(BIN)/python -m pytest proofs/test_page.py
+proof-export: $(VENV)/made-verify
+	$(BIN)/python -m pytest -s proofs/test_export.py proofs/test_export_experts.py
 
-proof-variants: $(VENV)/made-test
-	$(BIN)/python -m pytest -s proofs/test_variants.py
+proof-serve: $(VENV)/made-verify
+	$(BIN)/python -m pytest -s proofs/test_serve.py
 
-proof-forgetting: $(VENV)/made-test
-	$(BIN)/python -m pytest -s proofs/test_forgetting.py
+$(VENV)/made-%: $(VENV)/made-test
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[$*]'
+	@touch $@
 
 constraints:
 	rm -rf $(VENV)-pins && $(PYTHON) -m venv $(VENV)-pins

@@ -15,13 +15,12 @@ from typing import Any
 
 from lorafit import console
 from lorafit.adapter.attach import enable_adapter
-from lorafit.adapter.file import load_adapter
 from lorafit.config import TrainConfig
 from lorafit.data.chat import encode_prompt
 from lorafit.errors import ConfigError, ModelError
 from lorafit.model.generate import tokens
 from lorafit.model.load import Base
-from lorafit.use import check_temperature, open_base, say_template
+from lorafit.use import check_temperature, open_base, put_on, say_template
 
 Message = dict[str, Any]
 HELP = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
@@ -102,7 +101,7 @@ def chat(
     check_temperature(temperature)
     base = open_base(config)
     say_template(base.tokenizer)
-    for note in load_adapter(base.model, adapter) if adapter else []:
+    for note in put_on(base.model, config.model, adapter) if adapter else []:
         console.say(note)
     sides = [Side("base", False)] if compare or adapter is None else []
     sides += [Side("adapter", True)] if adapter else []
