@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType, quants
 
 import lorafit
 from builders.adapters import logits, write_adapter
+from builders.architectures import tiny
 from builders.commands import run
 from builders.gguf_files import ARCHITECTURES, write_tiny_gguf
 from builders.models import save_folder, tiny_model
@@ -107,10 +108,10 @@ def test_the_tokenizer_survives():
 
 
 def test_a_model_without_a_gguf_name_is_refused(tmp_path):
-    """Granite here: by name, with what to do, and nothing is left."""
-    folder = save_folder(tiny_model("granite"), tmp_path / "model")
+    """Gemma 4 here: by name, with what to do, and nothing is left."""
+    folder = save_folder(tiny("gemma4_text", vocab_size=VOCABULARY), tmp_path / "model")
     adapter = write_adapter(folder, tmp_path / "adapter")
     done = run("export", folder, adapter, "--to", "gguf-merged", "--out", tmp_path / "out" / "merged.gguf")
     assert done.code == 2
-    assert "'granite' has no GGUF architecture that lorafit writes" in done.err
+    assert "'gemma4_text' has no GGUF architecture that lorafit writes" in done.err
     assert not list((tmp_path / "out").iterdir())
