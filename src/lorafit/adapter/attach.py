@@ -92,6 +92,7 @@ def attach(
 def check_rank(model: nn.Module, path: str, rank: int) -> None:
     """Raises ConfigError for a rank that is more than a change of this layer can have."""
     layer = model.get_submodule(path)
+    layer = layer.base if isinstance(layer, LoraLinear) else layer
     rows, columns = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
     if rank > min(rows, columns):
         what = f"is {rank}, and {path} has {rows} x {columns} weights"

@@ -170,7 +170,7 @@ def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
     theta = _positive(gguf, f"{prefix}freq_base", 10000.0)
     kind = gguf.value(f"{prefix}scaling.type", str, "linear")
     factor = _positive(gguf, f"{prefix}scaling.factor", 1.0)
-    known = ("type", "factor", "original_context_length", "finetuned")
+    known: tuple[str, ...] = ("type", "factor", "original_context_length", "finetuned")
     if architecture in ("mistral3", "olmo2"):  # their converters write all of it
         known += ("yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier", "yarn_attn_factor")
     read = {f"{prefix}scaling.{name}" for name in known}

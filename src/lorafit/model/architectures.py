@@ -73,7 +73,7 @@ def text_config(config: dict[str, Any], place: str, known: tuple[str, ...]) -> d
     if kind not in WRAPPERS:
         _check_kind(kind, f"{place}: model_type", (*known, *WRAPPERS))
         _check_class(config, place)
-        _check_experts(config, place)
+        _check_fields(config, place)
         return config
     inner = config.get("text_config", {})
     if not isinstance(inner, dict):
@@ -81,7 +81,7 @@ def text_config(config: dict[str, Any], place: str, known: tuple[str, ...]) -> d
     inner = {"model_type": WRAPPERS[kind].text, **inner}
     _check_kind(inner["model_type"], f"{place}: text_config.model_type", known)
     _check_class(config, place)
-    _check_experts(inner, place)
+    _check_fields(inner, place)
     if "tie_word_embeddings" in config:  # the wrapper has the head
         inner["tie_word_embeddings"] = config["tie_word_embeddings"]
     return inner
@@ -94,9 +94,16 @@ def _check_kind(kind: Any, place: str, known: tuple[str, ...]) -> None:
         raise ModelError(place, f"{str(kind)[:60]!r} is not supported yet", remedy)
 
 
-def _check_experts(config: dict[str, Any], place: str) -> None:
-    if config.get("enable_moe_block"):  # Gemma 4's, which its model_type does not tell
+def _check_fields(config: dict[str, Any], place: str) -> None:
+    """Refuses what a model_type allows and we do not compute."""
+    if config.get("enable_moe_block"):
         raise ModelError(f"{place}: enable_moe_block", "experts of Gemma 4 are not supported yet", "use a dense one")
+    if config.get("attn_logit_softcapping"):
+        what = f"is {config['attn_logit_softcapping']}: capped attention scores are not supported yet"
+        raise ModelError(f"{place}: attn_logit_softcapping", what, "use a model without")
+    if config.get("use_bidirectional_attention") not in (None, False, "vision"):  # of images, which are no rows here
+        what = "tokens see those after them, which is no language model"
+        raise ModelError(f"{place}: use_bidirectional_attention", what, "use a causal model")
 
 
 def _check_class(config: dict[str, Any], place: str) -> None:
@@ -120,7 +127,7 @@ def own_name(tensor: str) -> str | None:
 
 def unpackable(config: dict[str, Any]) -> str:
     """Why several rows cannot lie in one sequence without changing each other, or "" where they can."""
-    if config["model_type"] in LINEAR_ATTENTION:
+    if config.get("model_type") in LINEAR_ATTENTION:
         return "its linear attention carries a state from row to row"
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kinds = {scaling.get("rope_type", scaling.get("type"))} if isinstance(scaling, dict) else set()

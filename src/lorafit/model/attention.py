@@ -8,6 +8,7 @@ over more keys is a step of decoding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -46,15 +47,15 @@ def document_attention(
     if length < key_BKSD.shape[2]:
         columns = key_BKSD.shape[2]
         places_B = torch.full((batch,), columns - 1) if visible_BS is None else visible_BS.sum(1) - 1
-        q = _tempered(module, query_BHTD, places_B[:, None])
+        q = _tempered(module, query_BHTD, lambda: places_B[:, None])
         if chunk is not None:
             first_B1 = columns - 1 - places_B[:, None] % chunk
             begun_BS = torch.arange(columns) >= first_B1
             visible_BS = begun_BS if visible_BS is None else visible_BS & begun_BS
         return _newest(q, key_BKSD, value_BKSD, scaling, sliding_window, visible_BS).transpose(1, 2), None
     bounds = documents or tuple(range(0, batch * length + 1, length))
-    query_BHTD = _tempered(module, query_BHTD, _places(bounds).view(batch, length))
-    if chunk is not None:
+    query_BHTD = _tempered(module, query_BHTD, lambda: _places(bounds).view(batch, length))
+    if chunk is not None:  # a chunk is a document of its own
         bounds = (*(n for start, end in pairwise(bounds) for n in range(start, end, chunk)), bounds[-1])
     if width < dim:
         value_BKSD = F.pad(value_BKSD, (0, dim - width))
@@ -77,16 +78,16 @@ def _places(bounds: tuple[int, ...]) -> Tensor:
     return torch.cat([torch.arange(end - start) for start, end in pairwise(bounds)])
 
 
-def _tempered(module: Any, query_BHTD: Tensor, places_BT: Tensor) -> Tensor:
-    """Queries as Llama 4's layers without rotation scale them, by their place in the document: transformers has scaled
-    them by their place in the sequence, since such a layer hears nothing of positions."""
+def _tempered(module: Any, query_BHTD: Tensor, places: Callable[[], Tensor]) -> Tensor:
+    """Queries as Llama 4's layers without rotation scale them, by their places (B, T) in the document: transformers has
+    scaled them by their places in the sequence, since such a layer hears nothing of positions."""
     if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
         return query_BHTD
 
-    def scale(places: Tensor) -> Tensor:
-        return torch.log1p(torch.floor((places.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
+    def scale(place: Tensor) -> Tensor:
+        return torch.log1p(torch.floor((place.float() + 1.0) / module.floor_scale)) * module.attn_scale + 1.0
 
-    had_T, wanted_BT = scale(torch.arange(query_BHTD.shape[2])), scale(places_BT)
+    had_T, wanted_BT = scale(torch.arange(query_BHTD.shape[2])), scale(places())
     if bool((had_T == wanted_BT).all()):
         return query_BHTD
     return query_BHTD * (wanted_BT / had_T)[:, None, :, None].to(query_BHTD.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lorafit.errors import NonFiniteError
-from lorafit.model.architectures import LINEAR_ATTENTION
+from lorafit.model.architectures import unpackable
 
 ROWS, TOKENS = 16, 8192  # of a batch at most: rows, and columns of the cache times rows (one row may need more)
 WINDOW = 64  # prompts among which those of like length are put together; an answer waits for no later ones
@@ -56,7 +56,7 @@ def stream(
     rooms = [min(max_tokens, context - len(prompt)) for prompt in prompts]
     known: dict[int, list[int]] = {n: [] for n, room in enumerate(rooms) if room <= 0}
     following = 0
-    for batch in _batches([len(prompt) for prompt in prompts], rooms, 1 if _has_state(model) else ROWS):
+    for batch in _batches([len(prompt) for prompt in prompts], rooms, 1 if _is_alone(model) else ROWS):
         draws = [_draws(seed, n) for n in batch] if temperature > 0 else []
         chosen = [prompts[n] for n in batch], [rooms[n] for n in batch]
         known.update(zip(batch, _decode(model, *chosen, end_ids, temperature, draws), strict=True))
@@ -66,9 +66,9 @@ def stream(
     yield from (known[n] for n in range(following, len(prompts)))
 
 
-def _has_state(model: PreTrainedModel) -> bool:
-    """Whether layers carry a state, which rows of one batch would have to begin at the same column."""
-    return model.config.model_type in LINEAR_ATTENTION
+def _is_alone(model: PreTrainedModel) -> bool:
+    """Whether prompts must be read one by one, since they would change each other in a pack."""
+    return bool(unpackable(model.config.to_dict()))
 
 
 def _batches(lengths: Sequence[int], rooms: Sequence[int], most: int = ROWS) -> Iterator[list[int]]:
@@ -135,7 +135,7 @@ def _steps(
 ) -> Iterator[list[tuple[int, int]]]:
     """One batch, a step at a time: (row, token) of the rows whose answer goes on."""
     bounds = (0, *accumulate(map(len, prompts)))
-    cache = _StateCache(model.config, bounds[1]) if _has_state(model) else _Cache(bounds, max(rooms))
+    cache = _RowCache(model.config, bounds[1]) if _is_alone(model) else _Cache(bounds, max(rooms))
     rows, length = list(range(len(prompts))), 0
     logits_BV = model(
         input_ids=torch.tensor([list(chain.from_iterable(prompts))]),
@@ -229,7 +229,7 @@ class _Cache:
         return {"position_ids": positions_B1, "visible_BS": visible_BS}
 
 
-class _StateCache(DynamicCache):
+class _RowCache(DynamicCache):
     """Keys, values and states of one row, as transformers keeps them."""
 
     def __init__(self, config: Any, length: int) -> None:
