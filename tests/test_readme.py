@@ -79,7 +79,7 @@ def test_the_python_runs_as_it_stands(folder, tmp_path, monkeypatch, capsys):
         (tmp_path / name).symlink_to(folder / name)
     (snippet,) = blocks("python")
     (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
-    own = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
+    own = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)})
     runpy.run_path(str(tmp_path / "snippet.py"), {"any_torch_module": own})
     report = json.loads((tmp_path / "runs" / "mine" / "report.json").read_text())
     assert capsys.readouterr().out == f"{report['base_loss']} {report['adapter_loss']}\n"
@@ -123,5 +123,8 @@ def test_what_works_is_what_the_code_reads():
     (files,) = re.findall(r"^\| files \| GGUF \((.*?)\)", README, re.M)
     assert set(files.split(", ")) == set(BLOCK_TYPES)
     (models,) = re.findall(r"^\| models \| (.*?) \|", README, re.M)
-    families = [re.sub(r" \(.*?\)", "", name).replace(" ", "").lower() for name in re.split(r", (?![^(]*\))", models)]
+    families = [
+        re.sub(r" \(.*?\)", "", name).replace(" ", "").replace(".", "_").lower()
+        for name in re.split(r", (?![^(]*\))", models)
+    ]
     assert sorted(families) == sorted(kind.removesuffix("_text") for kind in MODEL_TYPES)
