@@ -23,17 +23,32 @@ PAGE = ROOT / "docs" / "models.md"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
 COLUMNS = {  # a heading, and the tests that fill it, as "module::test"
-    "trains": r"test_architectures::test_loss_falls|experts\w*::test_.*(learn|loss|train)",
-    "NF4": r"test_architectures::test_nf4_base|experts\w*::test_.*nf4|test_load::test_quantising.*",
-    "GGUF, packed": r"test_(architectures::test_gguf_packed|load::test_packed_and_.*)|experts\w*::test_.*(gguf|packed)",
-    "packing": r"test_architectures::test_packs_exactly|test_families::test_packed_rows.*",
-    "multimodal": r"test_architectures::test_a_wrapper_is_its_text_part",
-    "experts": r"experts\w*::test_.*",
-    "PEFT and back": r"test_architectures::test_adapter_goes_to_peft_and_back|experts\w*::test_.*peft.*",
-    "resumes": r"test_architectures::test_resumes|experts\w*::test_.*resum.*",
-    "generates": r"test_architectures::test_generates|test_generate::test_.*",
-    "GGUF export": r"export\w*::test_.*gguf.*|test_gguf_export::test_.*",
-}  # fmt: skip
+    "trains": ("test_architectures::test_loss_falls", "test_moe_experts::test_a_memorised_batch.*"),
+    "NF4": (
+        "test_architectures::test_nf4_base",
+        "test_load::test_quantising.*",
+        "test_moe_experts::test_experts_in_nf4.*",
+    ),
+    "GGUF, packed": (
+        "test_architectures::test_gguf_packed",
+        "test_load::test_packed_and_unpacked.*",
+        "test_moe_experts::test_packed_experts.*",
+    ),
+    "packing": (
+        "test_architectures::test_packs_exactly",
+        "test_families::test_packed_rows.*",
+        "test_moe_experts::test_packed_rows.*",
+    ),
+    "multimodal": ("test_architectures::test_a_wrapper_is_its_text_part",),
+    "experts": (r"test_(moe_)?experts::test_.*",),
+    "PEFT and back": (
+        "test_architectures::test_adapter_goes_to_peft_and_back",
+        "test_peft_experts::test_our_adapter_in_peft.*",
+    ),
+    "resumes": ("test_architectures::test_resumes",),
+    "generates": ("test_architectures::test_generates", "test_moe_experts::test_answers.*"),
+    "GGUF export": ("test_gguf_adapter::test_base_plus.*", "test_gguf_model::test_f32.*"),
+}
 REFUSED = {  # (model_type, column): why there is no test that passes
     ("qwen3_5_text", "packing"): "one row at a time",
     ("qwen3_5", "packing"): "one row at a time",
@@ -72,7 +87,7 @@ def run() -> dict[str, dict[str, bool]]:
 
 def fills(module: str) -> bool:
     """Whether a test module may hold tests of a column."""
-    return any(module in pattern or re.search(r"expert|export", module) for pattern in COLUMNS.values())
+    return any(re.fullmatch(one.split("::")[0], module) for patterns in COLUMNS.values() for one in patterns)
 
 
 def read(file: Path) -> dict[str, dict[str, bool]]:
@@ -87,11 +102,11 @@ def read(file: Path) -> dict[str, dict[str, bool]]:
 
 
 def architectures() -> list[str]:
-    """Every model_type that we load, multimodal ones last."""
-    from builders.published import KNOWN
+    """Every model_type that we load, multimodal ones last, of whose text part we know the type."""
     from lorafit.model.architectures import WRAPPERS
+    from lorafit.model.sources import MODEL_TYPES
 
-    return [*KNOWN, *WRAPPERS]
+    return [*MODEL_TYPES, *(kind for kind, wrapper in WRAPPERS.items() if wrapper.text in MODEL_TYPES)]
 
 
 def architecture_table(results: dict[str, dict[str, bool]]) -> str:
@@ -107,7 +122,7 @@ def cell(kind: str, column: str, results: dict[str, dict[str, bool]]) -> str:
     outcomes = [
         passed
         for test, cases in results.items()
-        if re.fullmatch(COLUMNS[column], test)
+        if any(re.fullmatch(pattern, test) for pattern in COLUMNS[column])
         for parameters, passed in cases.items()
         if kind in parameters.split("-")
     ]
@@ -121,13 +136,14 @@ def cell(kind: str, column: str, results: dict[str, dict[str, bool]]) -> str:
 
 def published_table() -> str:
     """Parameters of the text part, and those of an adapter of rank 16 on every linear layer, with its file's size."""
-    from builders.published import KNOWN, published, text_type
+    from builders.published import published, text_of
     from lorafit import catalogue
     from lorafit.adapter.attach import attach
+    from lorafit.model.sources import MODEL_TYPES
 
     lines = ["| model | parameters | rank 16, all-linear | file | configuration |", "|---|--:|--:|--:|---|"]
     for name in catalogue.names():
-        if text_type(name) not in KNOWN or name == "gemma-4-26b-a4b":  # with experts
+        if text_of(name)["model_type"] not in MODEL_TYPES or text_of(name).get("enable_moe_block"):
             continue
         model = published(name)
         total = sum(parameter.numel() for parameter in model.parameters())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
 from lorafit import catalogue
-from lorafit.model import sources
 from lorafit.model.architectures import WRAPPERS, text_config
 from lorafit.model.load import empty
-
-KNOWN = sources.MODEL_TYPES + getattr(sources, "MOE_TYPES", ())
+from lorafit.model.sources import MODEL_TYPES
 
 
 class Published:
@@ -20,13 +20,14 @@ class Published:
         config = catalogue.find(name)
         self.place, kind = name, config["model_type"]
         self.part_of = kind if kind in WRAPPERS else ""
-        self.config = {k: v for k, v in text_config(config, name, KNOWN).items() if k != "architectures"}
+        self.config = {k: v for k, v in text_config(config, name, MODEL_TYPES).items() if k != "architectures"}
 
 
-def text_type(name: str) -> str:
-    """The model_type of the published model's text part."""
+def text_of(name: str) -> dict[str, Any]:
+    """The configuration of the published model's text part, as the catalogue has it."""
     config = catalogue.find(name)
-    return str(config.get("text_config", config)["model_type"])
+    found: dict[str, Any] = config.get("text_config", config)
+    return found
 
 
 def published(name: str) -> PreTrainedModel:

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from torch import nn
 
-from builders.published import KNOWN, published, text_type
+from builders.published import published, text_of
 from lorafit import catalogue
 from lorafit.adapter.attach import HEADS, adapted_layers, attach, linear_layers
+from lorafit.model.architectures import TEXT
 
-NAMES = [name for name in catalogue.names() if text_type(name) in KNOWN and name != "gemma-4-26b-a4b"]
+DENSE = [name for name in catalogue.names() if text_of(name)["model_type"] in TEXT]
+NAMES = [name for name in DENSE if not text_of(name).get("enable_moe_block")]
 RANK = 2
 
 
@@ -58,8 +60,7 @@ def test_all_linear_is_every_product_of_the_text_part(name):
     layers = dict(adapted_layers(model))
     assert set(layers) == {path for path in linear if path.rsplit(".", 1)[-1] not in HEADS}
     shapes = [(layer.base.in_features, layer.base.out_features) for layer in layers.values()]
-    config = catalogue.find(name)
-    wanted = expected(SimpleNamespace(**config.get("text_config", config)))
+    wanted = expected(SimpleNamespace(**text_of(name)))
     assert sorted(shapes) == sorted(wanted)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == RANK * sum(i + o for i, o in wanted)
