@@ -204,8 +204,8 @@ class Trackio:
     faults: tuple[type[Exception], ...] = (OSError, RuntimeError)
 
     def __init__(self, out: Path, settings: Mapping[str, Any], step: int, runs: dict[str, str]) -> None:
-        trackio = importlib.import_module("trackio")
-        self._run = trackio.init(
+        self._trackio = importlib.import_module("trackio")
+        self._run = self._trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", "lorafit"),
             name=runs.get("trackio"),
             config=dict(settings),
@@ -220,7 +220,7 @@ class Trackio:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self._run.finish()
+        self._trackio.finish()  # the run's own finish would be called once more at exit
 
 
 KINDS: dict[str, type[Any]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
