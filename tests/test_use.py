@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -179,6 +180,23 @@ def test_generate_uses_the_adapter(world):
     adapted = run(*words, "--adapter", adapter).out
     assert adapted == plain_answer(model, tiny_tokenizer(), user("What is 3 and the 3?"), 8) + "\n"
     assert adapted != run(*words).out
+
+
+def test_an_adapters_own_template_is_used_unless_another_is_given(world, tmp_path):
+    """chat_template.jinja in its folder, as a run with --template leaves it: the same as giving that file; said."""
+    bare, own = tmp_path / "bare", tmp_path / "own"
+    for folder in (bare, own):
+        shutil.copytree(world.out / "adapter", folder)
+    template = own / "chat_template.jinja"
+    template.write_text("{% for m in messages %}Q: {{ m.content }}\nA:{% endfor %}")
+    ask = ("generate", world.model, "--prompt", "Who?", *FEW)
+    given = run(*ask, "--adapter", bare, "--template", template)
+    found = run(*ask, "--adapter", own)
+    assert found.out == given.out != run(*ask, "--adapter", bare).out
+    assert f"template  {template}: what the adapter was trained with" in found.err
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    words = ("--template", tmp_path / "other.jinja")
+    assert run(*ask, "--adapter", own, *words).out == run(*ask, "--adapter", bare, *words).out
 
 
 def test_generate_answers_every_row_of_every_format(world, tmp_path):

@@ -17,7 +17,7 @@ from lorafit.evaluate.tasks import Judge, Task, check_json, questions, read_metr
 from lorafit.inputs import read_rows
 from lorafit.model.load import Base
 from lorafit.settings import MICRO_BATCHES
-from lorafit.use import encode_all, open_base, put_on, say_template
+from lorafit.use import encode_all, open_base, put_on, say_template, templated
 
 Entry = dict[str, Any]
 BUDGET = max(MICRO_BATCHES)  # tokens computed at once
@@ -52,6 +52,8 @@ def evaluate(
     wanted = read_metrics(metrics, exact_match)
     if labels is not None and "choice" not in wanted:
         raise ConfigError("--labels", "are for --metrics choice", "ask for it, or leave them out")
+    if len(adapters) == 1:  # several are compared on the same tokens, the model's own
+        config = templated(config, adapters[0])
     loaded = open_base(config)
     say_template(loaded.tokenizer)
     context = int(loaded.model.config.max_position_embeddings)

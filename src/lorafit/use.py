@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from lorafit import console
-from lorafit.adapter.file import load_adapter
+from lorafit.adapter.file import TEMPLATE_FILE, load_adapter
 from lorafit.config import Resolved, TrainConfig, from_values
 from lorafit.data.chat import encode_prompt
 from lorafit.data.records import Record, read_records
@@ -33,6 +34,15 @@ def open_base(config: TrainConfig) -> Base:
     config = settle_for_machine(Resolved(config), source.quantised).config
     torch.set_num_threads(int(config.threads or 1))
     return load_base(source, source.tokenizer(read_template(config.template)), config.base, config.compute)
+
+
+def templated(config: TrainConfig, adapter: str | None) -> TrainConfig:
+    """The configuration with the chat template that the adapter brings, unless another one is given; said."""
+    file = Path(adapter or "") / TEMPLATE_FILE
+    if adapter is None or config.template is not None or not file.is_file():
+        return config
+    console.say(f"template  {file}: what the adapter was trained with")
+    return replace(config, template=str(file))
 
 
 def load(model: str | Path, adapter: str | Path | None = None, base: str = "auto", compute: str = "auto") -> nn.Module:
@@ -127,7 +137,7 @@ def answer(
     records = [_prompt(prompt)] if prompt is not None else _questions(str(file))
     if system is not None and any(record.messages is None for record in records):
         raise ConfigError("--system", f"{file} holds text, not conversations", "leave it out")
-    loaded = open_base(config)
+    loaded = open_base(templated(config, adapter))
     say_template(loaded.tokenizer)
     context = int(loaded.model.config.max_position_embeddings)
     prompts = encode_all(records, system, loaded.tokenizer, context)
