@@ -71,7 +71,7 @@ def _head(report: dict[str, Any]) -> str:
     tiles += [
         _tile(console.duration(report["training_seconds"]), f"training, {report['steps']:,} steps"),
         _tile("not measured" if speed is None else f"{speed:,.0f}", "tokens per second"),
-        _tile(console.gigabytes(report["peak_memory_bytes"]), "memory at the peak"),
+        _tile(console.gigabytes(report["peak_memory_bytes"]), "peak memory"),
     ]
     for key, words in (("adapter_bytes", "adapter file"), ("model_bytes", "model file")):
         if report[key] is not None:
