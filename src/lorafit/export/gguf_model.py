@@ -187,6 +187,7 @@ def merged_file(opened: Opened, kind: str, changes: Mapping[str, Change], roundi
     """Ready to be written. Raises ModelError for a model type that has no GGUF architecture here, and for experts whose
     gate and up are interleaved."""
     where = placement(opened.path, opened.source)
-    for name in getattr(opened.source, "stacks", {}):
-        where.of(name, opened.source.place)
+    for name in opened.source.shapes:
+        if opened.stack(name) is not None:
+            where.of(name, opened.source.place)
     return MergedFile(opened, where, kind, changes, rounding)

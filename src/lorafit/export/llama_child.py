@@ -1,9 +1,9 @@
 """llama.cpp in a process of its own, `python -m lorafit.export.llama_child`: what it expects after some beginnings.
 
-A line of JSON comes in: {"file", "adapter" or null, "prefixes", "top", "threads"}. Lines go out, `answer JSON` each:
-the likeliest tokens after each beginning as [[id, log-probability], ...], of the base, and with the adapter if there is
-one. A file that llama.cpp dies of takes this process with it and not the caller's. Keys and values are kept in fp32 and
-attention is the plain one, so that what is left is llama.cpp's own arithmetic on the file's formats.
+A line of JSON comes in: {"file", "adapter" or null, "prefixes", "plain", "top", "threads"}. Lines go out, `answer JSON`
+each: the likeliest tokens after each beginning as [[id, log-probability], ...], of the base, and with the adapter if
+there is one. A file that llama.cpp dies of takes this process with it and not the caller's. Keys and values are kept in
+fp32 and attention is the plain one, so that what is left is llama.cpp's own arithmetic on the file's formats.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ def main() -> None:
     server = xllamacpp.Server(params)
     scales: list[Any] = [[{"id": 0, "scale": 0.0}], [{"id": 0, "scale": 1.0}]] if job["adapter"] else [None]
     for lora in scales:
-        print("answer " + json.dumps([_next(server, ids, job["top"], lora) for ids in job["prefixes"]]), flush=True)
+        print(
+            "answer " + json.dumps([_next(server, ids, job["plain"], job["top"], lora) for ids in job["prefixes"]]),
+            flush=True,
+        )
 
 
-def _next(server: Any, ids: list[int], top: int, lora: Any) -> list[list[float]]:
-    # ignore_eos: an end token that comes first would leave no list; what is listed are the model's own logits
-    rules = {"n_predict": 1, "n_probs": top, "temperature": 0, "cache_prompt": False, "ignore_eos": True}
+def _next(server: Any, ids: list[int], plain: int, top: int, lora: Any) -> list[list[float]]:
+    # A token that ends the text, or is half of a character, would leave no list: so a plain one is forced. What is
+    # listed are the model's own logits, before that.
+    rules = {"n_predict": 1, "n_probs": top, "temperature": 0, "cache_prompt": False, "logit_bias": [[plain, 1e6]]}
     if lora is not None:
         rules["lora"] = lora
     found = server.handle_completions({"prompt": ids, **rules})

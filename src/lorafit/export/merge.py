@@ -29,7 +29,7 @@ from lorafit.adapter.combine import (
     truncated,
 )
 from lorafit.adapter.file import save_adapter
-from lorafit.adapter.merge import Change, put_factors
+from lorafit.adapter.merge import EMBEDDING, HEAD, Change, put_factors
 from lorafit.errors import ConfigError
 from lorafit.export.opened import EXACT, Opened, Part, about, open_model
 from lorafit.export.paths import nothing_left, refuse_existing
@@ -43,7 +43,6 @@ from lorafit.model.sources import open_source
 
 DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
 SHARD = 5_000_000_000  # bytes of a file at most, unless one tensor is larger
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def write_weights(opened: Opened, changes: dict[str, Change], folder: Path, dtyp
         return merged
 
     files = list(_shards(shapes, torch.empty((), dtype=kind).element_size()))
-    named = {}
+    named: dict[str, str] = {}
     for number, part in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         stream_safetensors(folder / file, part, code, load)
@@ -234,6 +233,8 @@ def _verify(opened: Opened, folder: Path, dtype: str, data: str | None) -> dict[
 
 def write_combined(opened: Opened, folder: Path, how: Combination, rank: int | None) -> dict[str, Any]:
     """The adapters as one, in PEFT's layout, of the ranks' sum or cut to `rank`."""
+    for part in opened.parts:
+        part.refuse_more()
     factors, kept = combined_factors(opened, how, rank)
     detach(opened.model)
     put_factors(opened.model, factors)

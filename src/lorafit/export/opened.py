@@ -38,6 +38,14 @@ class Part:
     low_rank: dict[str, LowRank]
     """Its factors by layer."""
 
+    def refuse_more(self) -> None:
+        """Raise AdapterError when it is more than low-rank updates, which are all that other layouts hold."""
+        named = self.low_rank.keys() | {f"{layer}.weight" for layer in self.low_rank}
+        more = sorted(self.changes.keys() - named)
+        if more:
+            what = f"changes {more[0]} in a way that is no low-rank update of a linear layer"
+            raise AdapterError(str(self.folder), what, "export it to peft or gguf-merged, or merge it")
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -81,10 +89,12 @@ class Opened:
 
     def stack(self, name: str) -> Any:
         """The frozen experts of this name; None for any other tensor."""
-        if name not in getattr(self.source, "stacks", {}):
+        try:
+            layer = self.model.get_submodule(name)
+        except AttributeError:
             return None
-        layer = self.model.get_submodule(name)
-        return getattr(layer, "base", layer)
+        base = getattr(layer, "base", layer)
+        return base if hasattr(base, "experts") else None
 
     @property
     def format(self) -> str:
@@ -123,7 +133,8 @@ def open_model(model: str, adapters: Sequence[str], template: str | None = None,
 
 def _refuse_nothing(part: Part) -> None:
     """Raise AdapterError for an adapter that changes nothing: there is nothing to export."""
-    if not any(bool(update.B.any()) and bool(update.A.any()) for update in part.low_rank.values()):
+    plain = len(part.changes) == len(part.low_rank)
+    if plain and not any(bool(update.B.any()) and bool(update.A.any()) for update in part.low_rank.values()):
         raise AdapterError(str(part.folder), "changes nothing: every B is zero", "train it first")
 
 

@@ -57,13 +57,16 @@ def placement(path: Path, source: WeightSource) -> Placement:
     family = FAMILIES[architecture]
     by_name = {name: tensor for tensor, name in hf_names(architecture, int(source.config["num_hidden_layers"])).items()}
     found = {}
-    stacks = getattr(source, "stacks", {})
-    shapes = {name: shape for name, shape in source.shapes.items() if name not in stacks}
-    for name, stack in stacks.items():
-        experts, outputs, inputs = stack.shape
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in source.shapes.items():
+        if len(shape) != 3:
+            shapes[name] = shape
+            continue
         module, _, own = name.rpartition(".")
         names = [f"{module}.{part}" for part in GATE_UP] if own == "gate_up_proj" else [name]
-        shapes |= dict.fromkeys(names, (experts, outputs // len(names), inputs))
+        turned = name not in getattr(source, "stacks", {}) and getattr(family, "experts_last", False)
+        outputs, inputs = shape[:0:-1] if turned else shape[1:]
+        shapes |= dict.fromkeys(names, (shape[0], outputs // len(names), inputs))
     for name, shape in shapes.items():
         if name in by_name:
             tensor = by_name[name]

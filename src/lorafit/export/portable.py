@@ -20,7 +20,7 @@ def portable(opened: Opened, updates: Mapping[str, LowRank]) -> dict[str, LowRan
     """The updates with one rank, at scale 1, for every layer whose name one of them has."""
     rank = max(update.rank for update in updates.values())
     names = {layer.rsplit(".", 1)[-1] for layer in updates}
-    found = {}
+    found: dict[str, LowRank] = {}
     found |= {layer: padded(update, rank) for layer, update in updates.items() if update.A.ndim == 3}  # experts
     for layer, module in linear_layers(opened.model).items():
         if layer in updates:

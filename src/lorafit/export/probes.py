@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Probe:
 
     ids: tuple[int, ...]
     lengths: tuple[int, ...]
+    plain: int = 0
+    """A token that is a whole character and ends nothing."""
 
     @property
     def prefixes(self) -> list[list[int]]:
@@ -50,7 +52,7 @@ def probes(tokenizer: TextTokenizer, file: str | None, context: int) -> list[Pro
         if read.faults:
             raise Faults(read.faults)
         records = read.records[:ROWS]
-    found = []
+    found, plain = [], tokenizer.encode("a", parse_special=False).ids[-1]
     for record in records:
         row = encode_record(record, tokenizer)
         ids = [int(token) for token in row.ids][: min(LENGTH, context)]
@@ -58,7 +60,7 @@ def probes(tokenizer: TextTokenizer, file: str | None, context: int) -> list[Pro
         last = len(ids) - 1
         lengths = sorted({n for n in (first, (first + last) // 2, last) if 0 < n <= last})
         if lengths:
-            found.append(Probe(tuple(ids), tuple(lengths)))
+            found.append(Probe(tuple(ids), tuple(lengths), plain))
     if not found:
         raise ConfigError(str(file), "has no row to compare answers on", "give rows with an answer")
     return found
@@ -73,8 +75,3 @@ def log_probabilities(model: Any, found: Sequence[Probe]) -> Tensor:
         logits = model(input_ids=torch.tensor([probe.ids]), logits_to_keep=last, use_cache=False).logits[0]
         rows.append(torch.log_softmax(logits.float(), dim=-1))
     return torch.cat(rows)
-
-
-def shortened(found: Sequence[Probe], count: int) -> list[Probe]:
-    """The first `count` probes, each with its first and its last beginning: for models that take long."""
-    return [replace(probe, lengths=(probe.lengths[0], probe.lengths[-1])) for probe in found[:count]]

@@ -234,11 +234,7 @@ def _mlx(job: Job) -> dict[str, Any]:
 
 def _plain_updates(job: Job) -> dict[str, LowRank]:
     """The adapter as factors alone. Raises AdapterError when it is more than these."""
-    changed = {name.removesuffix(".weight") for name in job.opened.parts[0].changes}
-    more = sorted(changed - job.updates.keys())
-    if more:
-        what = f"changes {more[0]} in a way that is no low-rank update"
-        raise AdapterError(str(job.folder), what, "export to peft or gguf-merged, or merge it")
+    job.opened.parts[0].refuse_more()
     return dict(job.updates)
 
 

@@ -139,7 +139,7 @@ def against_llama(
     """
     if find_spec("xllamacpp") is None:
         return None
-    plain, adapted = ask_llama(model, adapter, [prefix for probe in found for prefix in probe.prefixes], place)
+    plain, adapted = ask_llama(model, adapter, found, place)
     effects = _effects(plain, adapted, mine)
     if not effects[:, 0].any():
         raise AdapterError(place, "the adapter has no effect in llama.cpp", OURS)
@@ -164,14 +164,12 @@ def merged_against_llama(
     """
     if find_spec("xllamacpp") is None:
         return None
-    (answers,) = ask_llama(model, None, [prefix for probe in found for prefix in probe.prefixes], place)
+    (answers,) = ask_llama(model, None, found, place)
     effect = Gap.of(mine.adapted - mine.plain)
     return Verdict("llama.cpp", len(merged_PV), floor(format), _gap(answers, merged_PV), size=effect).check(place)
 
 
-def ask_llama(
-    model: Path, adapter: Path | None, prefixes: list[list[int]], place: str, top: int = TOP
-) -> list[Answers]:
+def ask_llama(model: Path, adapter: Path | None, found: Sequence[Probe], place: str, top: int = TOP) -> list[Answers]:
     """What llama.cpp expects after each beginning, of the base and, if there is an adapter, with it.
 
     Raises AdapterError, with the last line that llama.cpp said, when it does not load the files.
@@ -179,7 +177,8 @@ def ask_llama(
     job = {
         "file": str(model.resolve()),
         "adapter": str(adapter.resolve()) if adapter else None,
-        "prefixes": prefixes,
+        "prefixes": [prefix for probe in found for prefix in probe.prefixes],
+        "plain": found[0].plain,
         "top": top,
         "threads": torch.get_num_threads(),
     }
@@ -228,12 +227,15 @@ def against_model(mine: Ours, found: Sequence[Probe], model: Any, program: str, 
 def rounding_facts(mine: Ours, merged_PV: Tensor, kind: str, place: str) -> dict[str, float]:
     """What rounding a merged model to `kind` did to its log-probabilities; merged_PV: those of its files, read here.
 
-    In F32 nothing is rounded, and more than the floor is an AdapterError. Elsewhere it is a warning when rounding moves
-    more than half of what the adapter does.
+    In F32 nothing is rounded, and more than the floor is an AdapterError; so is, in 16 bits, more than the floor and
+    half of what the adapter does, which rounding does not explain. In fewer bits that is a warning.
     """
     lost, effect = Gap.of(merged_PV - mine.adapted), Gap.of(mine.adapted - mine.plain)
     if kind == "F32":
         Verdict("lorafit", len(merged_PV), floor(kind), lost).check(place)
+    elif kind in FLOORS and kind != "Q8_0" and not lost.rms <= max(floor(kind), 0.5 * effect.rms):
+        what = f"log-probabilities of the merged model differ by {lost.rms:.3g} (root mean square)"
+        raise AdapterError(place, f"{what}, and the adapter's effect is {effect.rms:.3g}", f"nothing was kept; {OURS}")
     elif lost.rms > 0.5 * effect.rms:
         what = f"rounding to {kind} moves log-probabilities by {lost.rms:.3f} (root mean square)"
         console.warn(f"{what}, and the adapter by {effect.rms:.3f}: a finer --dtype keeps more of it")
