@@ -23,6 +23,7 @@ from builders.models import save_folder, tiny_model
 from builders.tokenizers_tiny import VOCABULARY, tiny_gguf_metadata
 from lorafit.adapter.attach import adapted_layers
 from lorafit.errors import AdapterError
+from lorafit.export.probes import Probe
 from lorafit.export.verify import ask_llama
 from lorafit.formats.names import Entry
 
@@ -123,7 +124,7 @@ def test_files_that_llama_does_not_load_are_an_error(tmp_path):
     (tmp_path / "adapter.gguf").write_bytes(file.read_bytes()[:4000])
     for model, adapter in ((file, tmp_path / "adapter.gguf"), (tmp_path / "adapter.gguf", None)):
         with pytest.raises(AdapterError, match=r"out: llama\.cpp does not load it") as error:
-            ask_llama(model, adapter, [[1, 2, 3]], "out")
+            ask_llama(model, adapter, [Probe((1, 2, 3), (3,))], "out")
         print(f"\n{error.value}")
 
 

@@ -24,7 +24,7 @@ OUT = ROOT / "runs" / "serve"
 DATA, TEST = ROOT / "examples" / "wikisql" / "train.jsonl", ROOT / "examples" / "wikisql" / "test.jsonl"
 TOKENS = 64  # of an answer at most
 SAME = 0.95  # share of rows whose answers must be the same
-GAP = 1.0  # nats between two tokens, up to which rounding activations to 8 bits may choose the other one
+GAP = 1.0  # nats: the floor of a quantised base, up to which two tokens may change places (docs/export.md)
 
 SERVE = """
 import json, sys, xllamacpp
@@ -123,7 +123,7 @@ def test_served_answers_are_generated_answers(model, adapter, exported):
     print(f"\nexport: {told}")
     loaded: Any = lorafit.load(model, adapter=adapter, compute="fp32")
     asked = prompts(loaded)
-    answers = theirs(model, exported, asked, exact=True)
+    answers = theirs(model, exported, asked, exact=False)
     assert len(answers) == len(asked) == 100
     mine = ours(model, adapter, "fp32")
     right = [json.loads(line)["completion"].strip() for line in TEST.read_text().splitlines()]
@@ -137,10 +137,8 @@ def test_served_answers_are_generated_answers(model, adapter, exported):
         gap, ours_token, their_token = parting(loaded, asked[n], mine[n], answers[n]["ids"])
         print(f"row {n + 1}: {ours_token!r} here, {their_token!r} there, {gap:.3f} nats apart here")
         assert gap < GAP
-    default = [answer["text"].strip() for answer in theirs(model, exported, asked, exact=False)]
-    print(
-        f"llama.cpp with its default settings: {sum(a.strip() == b for a, b in zip(mine, default, strict=True))} of 100"
-    )
+    exact = [answer["text"].strip() for answer in theirs(model, exported, asked, exact=True)]
+    print(f"with keys and values in fp32 there: {sum(a.strip() == b for a, b in zip(mine, exact, strict=True))} of 100")
     auto = ours(model, adapter, "auto")
     print(f"lorafit with --compute auto: {sum(a == b for a, b in zip(auto, mine, strict=True))} of 100 as with fp32")
     assert same >= SAME
