@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorafit.adapter.attach import adapted_layers, linear_layers
+from lorafit.adapter.attach import adapted_layers
 from lorafit.adapter.combine import LowRank
 from lorafit.adapter.merge import put_factors
 from lorafit.errors import AdapterError, Faults, LorafitError
@@ -117,11 +118,11 @@ def put_gguf_adapter(model: nn.Module, base: Path, file: Path) -> list[str]:
     """
     if any(adapted_layers(model)):
         raise AdapterError(str(file), "cannot be put on a model that has an adapter", "load it on the plain model")
-    updates, layers = read_gguf_adapter(file, placement(base, open_source(base))), linear_layers(model)
+    updates = read_gguf_adapter(file, placement(base, open_source(base)))
     faults: list[LorafitError] = []
     for path, update in updates.items():
-        layer, shape = layers.get(path), (len(update.B), update.A.shape[1])
-        if layer is None or shape != (layer.out_features, layer.in_features):
+        shape = (*update.A.shape[:-2], update.B.shape[-2], update.A.shape[-1])
+        if shape != _shape(model.get_submodule(path)):
             faults.append(AdapterError(f"{file}: {path}", f"is an update of shape {list(shape)}, which does not fit"))
         elif not bool(torch.isfinite(update.A).all() and torch.isfinite(update.B).all()):
             faults.append(AdapterError(f"{file}: {path}", "holds NaN or infinity", "convert the adapter again"))
@@ -131,6 +132,14 @@ def put_gguf_adapter(model: nn.Module, base: Path, file: Path) -> list[str]:
         parameter.requires_grad_(False)
     put_factors(model, updates)
     return ["a GGUF adapter has no fingerprint: its base can be checked by names and shapes only"]
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    """(O, I) of a linear layer, (E, O, I) of experts; () of what takes no update."""
+    if not hasattr(layer, "in_features"):
+        return ()
+    experts = (layer.experts,) if hasattr(layer, "experts") else ()
+    return (*experts, layer.out_features, layer.in_features)
 
 
 def _values(gguf: GgufFile, name: str) -> Tensor:

@@ -19,6 +19,12 @@ from lorafit.formats.gguf_tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER
 from lorafit.formats.tokenizer import TextTokenizer
 
 UNUSED, BYTE = 5, 6
+GRANITE = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
 Metadata = dict[str, tuple[Any, str]]
 """(value, type) by key."""
 PROBES = (
@@ -53,6 +59,8 @@ def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> M
     keys |= _scaling(full) | _experts(config)
     if architecture == "gemma3":
         keys |= _gemma3(config, rope)
+    if architecture == "granite":
+        keys |= {key: (config[field], "float32") for field, key in GRANITE.items() if field in config}
     general: Metadata = {"general.type": ("model", "string"), "general.name": (name, "string")}
     return general | {f"{architecture}.{key}": value for key, value in keys.items()}
 
