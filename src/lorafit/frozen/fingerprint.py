@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.frozen.stack import FrozenStack
 from lorafit.frozen.weight import FrozenWeight
+
+Frozen = FrozenWeight | FrozenStack | Tensor
 
 TENSORS, VALUES = 8, 24  # sampled matrices, as many vectors, and values of each
 SAME = 0.005  # relative difference that bf16 rounding explains (its half step is 0.004)
@@ -29,7 +32,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     tensors = dict(_frozen_tensors(model))
     shapes = {name: list(_shape(tensor)) for name, tensor in tensors.items()}
     chosen = []
-    for dimensions in (1, 2):
+    for dimensions in (1, 2, 3):
         names = sorted(name for name, shape in shapes.items() if len(shape) == dimensions)
         chosen += [names[i * len(names) // TENSORS] for i in range(TENSORS)] if len(names) > TENSORS else names
     return {
@@ -66,13 +69,15 @@ def difference(stored: dict[str, Any], own: dict[str, Any]) -> tuple[bool, str]:
     return True, note
 
 
-def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, FrozenWeight | Tensor]]:
+def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Frozen]]:
     """Each weight once, under the first of its names; what belongs to a frozen weight or an adapter is no tensor of
     its own."""
 
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, FrozenWeight | Tensor]]:
-        if isinstance(module, FrozenWeight):
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, Frozen]]:
+        if isinstance(module, (FrozenWeight, FrozenStack)):
             yield path, module
+            if isinstance(module, FrozenStack) and module.bias is not None:
+                yield f"{path}.bias", module.bias
             return
         yield from ((f"{path}.{part}".lstrip("."), tensor) for part, tensor in module.named_parameters(recurse=False))
         for name, child in module.named_children():
@@ -83,20 +88,25 @@ def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, FrozenWeight | Tens
     for path, tensor in walk(model, ""):
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            yield path.replace(".base.", "."), tensor
+            yield f"{path}.".replace(".base.", ".")[:-1], tensor
 
 
-def _shape(tensor: FrozenWeight | Tensor) -> tuple[int, ...]:
+def _shape(tensor: Frozen) -> tuple[int, ...]:
+    if isinstance(tensor, FrozenStack):
+        return (tensor.experts, tensor.out_features, tensor.in_features)
     return (tensor.out_features, tensor.in_features) if isinstance(tensor, FrozenWeight) else tuple(tensor.shape)
 
 
-def _format(tensor: FrozenWeight | Tensor) -> str:
-    return tensor.source_format if isinstance(tensor, FrozenWeight) else "F32"
+def _format(tensor: Frozen) -> str:
+    return "F32" if isinstance(tensor, Tensor) else tensor.source_format
 
 
-def _sample(tensor: FrozenWeight | Tensor) -> list[float]:
-    """VALUES values at evenly spread places, from one row each of a matrix."""
-    if isinstance(tensor, FrozenWeight):
+def _sample(tensor: Frozen) -> list[float]:
+    """VALUES values at evenly spread places, from one row each of a matrix or of a stack's experts."""
+    if isinstance(tensor, FrozenStack):
+        rows, columns = tensor.experts * tensor.out_features, tensor.in_features
+        found = [tensor.row(i * rows // VALUES)[(i * 7919) % columns].item() for i in range(VALUES)]
+    elif isinstance(tensor, FrozenWeight):
         rows, columns = tensor.out_features, tensor.in_features
         buffer = torch.empty(1, columns, device=tensor.device)
         places = [(i * rows // VALUES, (i * 7919) % columns) for i in range(VALUES)]

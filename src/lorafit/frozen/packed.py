@@ -71,24 +71,26 @@ class PackedWeight(FrozenWeight):
         )  # fmt: skip
 
     def part(self, start: int, stop: int) -> PackedWeight:
-        """Rows start..stop as a weight of its own over the same memory: one expert of a 3-D tensor, one shard."""
+        """Rows start..stop as a weight of its own over the same memory: one shard."""
+        return PackedWeight(self._slice(start, stop), self.source_format)
+
+    def _slice(self, start: int, stop: int) -> Stored:
+        """Rows start..stop as they are stored."""
         stored = self.stored
         if stored.order is not None:
-            return PackedWeight(replace(stored, order=stored.order[start:stop]), self.source_format)
+            return replace(stored, order=stored.order[start:stop])
         scales = None if stored.scales is None else stored.scales[start:stop]
-        first = stored.first_row + start
-        return PackedWeight(
-            replace(stored, data=stored.data[start:stop], scales=scales, first_row=first), self.source_format
-        )
+        return replace(stored, data=stored.data[start:stop], scales=scales, first_row=stored.first_row + start)
 
     def rows(self, start: int, stop: int, out: Tensor) -> Tensor:
         return ops.unpack(self.stored, start, out[: stop - start])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, first: int, last: int) -> Tensor:
         if x.numel() <= FEW * self.in_features:
-            y = ops.matvec(self.stored, x.reshape(-1, self.in_features))
-            return y.view(*x.shape[:-1], self.out_features)
-        return super().forward(x)
+            rows = self.stored if last - first == self.out_features else self._slice(first, last)
+            y = ops.matvec(rows, x.reshape(-1, self.in_features))
+            return y.view(*x.shape[:-1], last - first)
+        return super().product(x, first, last)
 
     def embed(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         out = torch.empty(ids.numel(), self.in_features, dtype=dtype, device=self.device)

@@ -48,19 +48,32 @@ class FrozenWeight(nn.Module, ABC):
         """Rows start..stop in dtype, to be read at once: a view of W, or the scratch buffer that is used again."""
         return self.rows(start, stop, scratch(stop - start, self.in_features, dtype, self.device))
 
-    def blocks(self, weights: int | None = None) -> Iterator[tuple[int, int]]:
-        """(start, stop) of all blocks of rows with at most this many weights each; BLOCK_WEIGHTS if not told."""
-        step = max(1, (weights or BLOCK_WEIGHTS) // self.in_features)
-        return ((start, min(start + step, self.out_features)) for start in range(0, self.out_features, step))
+    def blocks(self, weights: int | None = None, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
+        """(start, stop) of all blocks of rows with at most this many weights each; BLOCK_WEIGHTS if not told.
+
+        first, last: of these rows alone.
+        """
+        step, end = max(1, (weights or BLOCK_WEIGHTS) // self.in_features), self.out_features if last is None else last
+        return ((start, min(start + step, end)) for start in range(first, end, step))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> x W^T (..., O), in x's dtype."""
-        parts = [x @ self.block(start, stop, x.dtype).T for start, stop in self.blocks()]
+        return self.product(x, 0, self.out_features)
+
+    def product(self, x: Tensor, first: int, last: int) -> Tensor:
+        """x (..., I) -> x W^T (..., last - first) with these rows of W alone, in x's dtype."""
+        parts = [x @ self.block(start, stop, x.dtype).T for start, stop in self.blocks(first=first, last=last)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def backward_input(self, grad: Tensor) -> Tensor:
-        """grad (..., O) -> grad W (..., I): the gradient of the input, in grad's dtype, blocks summed in fp32."""
-        parts = (grad[..., start:stop] @ self.block(start, stop, grad.dtype) for start, stop in self.blocks())
+    def backward_input(self, grad: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """grad (..., O) -> grad W (..., I): the gradient of the input, in grad's dtype, blocks summed in fp32.
+
+        first, last: the rows of W that grad's columns belong to; all, if not told.
+        """
+        parts = (
+            grad[..., start - first : stop - first] @ self.block(start, stop, grad.dtype)
+            for start, stop in self.blocks(first=first, last=last)
+        )
         total = next(parts)
         for part in parts:
             total = total.float().add_(part)

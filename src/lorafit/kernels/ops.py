@@ -9,6 +9,7 @@ A stored weight is a few plain tensors (see `Stored`): one row of bytes for each
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +24,7 @@ from lorafit.kernels.unpack import unpack as unpack_blocks
 NF4, INT8 = "NF4", "INT8"
 CODES = {**{name: block.code for name, block in BLOCK_TYPES.items()}, NF4: 1000, INT8: 1001}
 PIECE = 1 << 20  # weights that the plain twins unpack at a time
+QUANTISED = 1 << 25  # weights that are quantised at a time: 134 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,16 @@ def quantise_nf4(matrix_OI: Tensor) -> Stored:
     """NF4 with double quantization of a float matrix. Raises ValueError when it holds NaN or infinity."""
     rows, columns = matrix_OI.shape
     assert columns % twins.BLOCK == 0, f"rows of {columns} are no whole blocks of {twins.BLOCK}"
-    matrix, found = matrix_OI.float().contiguous(), native.library()
-    if found is None:
-        codes, absmax = twins.quantise_nf4(matrix)
-    else:
-        codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
-        absmax = torch.empty(rows, columns // twins.BLOCK)
-        pointers = (matrix.data_ptr(), rows, columns, codes.data_ptr(), absmax.data_ptr())
-        if found.lorafit_quantise_nf4(*pointers, torch.get_num_threads()):
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    absmax, found = torch.empty(rows, columns // twins.BLOCK), native.library()
+    for some in _pieces(rows, columns):
+        matrix = matrix_OI[some].float().contiguous()
+        if found is None:
+            codes[some], absmax[some] = twins.quantise_nf4(matrix)
+        elif found.lorafit_quantise_nf4(
+            matrix.data_ptr(), len(matrix), columns, codes[some].data_ptr(), absmax[some].data_ptr(),
+            torch.get_num_threads(),
+        ):  # fmt: skip
             raise ValueError("holds NaN or infinity")
     return Stored(NF4, columns, codes, *twins.quantise_scales(absmax))
 
@@ -122,15 +126,23 @@ def quantise_nf4(matrix_OI: Tensor) -> Stored:
 def quantise_int8(matrix_OI: Tensor) -> Stored:
     """int8 codes and a scale for each row of a float matrix. Raises ValueError when it holds NaN or infinity."""
     rows, columns = matrix_OI.shape
-    matrix, found = matrix_OI.float().contiguous(), native.library()
-    if found is None:
-        codes, scales = twins.quantise_int8(matrix)
-    else:
-        codes, scales = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
-        pointers = (matrix.data_ptr(), rows, columns, codes.data_ptr(), scales.data_ptr())
-        if found.lorafit_quantise_int8(*pointers, torch.get_num_threads()):
+    codes, scales, found = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows), native.library()
+    for some in _pieces(rows, columns):
+        matrix = matrix_OI[some].float().contiguous()
+        if found is None:
+            codes[some], scales[some] = twins.quantise_int8(matrix)
+        elif found.lorafit_quantise_int8(
+            matrix.data_ptr(), len(matrix), columns, codes[some].data_ptr(), scales[some].data_ptr(),
+            torch.get_num_threads(),
+        ):  # fmt: skip
             raise ValueError("holds NaN or infinity")
     return Stored(INT8, columns, codes.view(torch.uint8), scales)
+
+
+def _pieces(rows: int, columns: int) -> Iterator[slice]:
+    """Rows to quantise at a time: a stack of experts in fp32 would be larger than all that it is quantised for."""
+    step = max(1, QUANTISED // columns)
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 _STORED = "Tensor data, Tensor? scales, Tensor? nested, float offset, str format, int columns, int first_row"
