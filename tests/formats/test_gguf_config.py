@@ -110,7 +110,7 @@ REFUSED = {
     "no architecture like it": ({"general.architecture": "xyz"}, "'xyz' is not supported yet; supported: llama, qwen2"),
     "an adapter": ({"general.type": "adapter"}, "general.type: is 'adapter', not a model"),
     "a part": ({"split.count": 3}, "split.count: the model is split into 3 files"),
-    "experts": ({"llama.expert_count": 8}, "llama.expert_count: experts are not supported yet"),
+    "experts without their use": ({"llama.expert_count": 8}, "llama.expert_used_count: is missing"),
     "value length": ({"llama.attention.value_length": 4}, "llama.attention.value_length: is 4 where a key has 8"),
     "partial rotary": ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count: is 4 where a key has 8"),
     "odd heads": (

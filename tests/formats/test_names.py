@@ -72,17 +72,20 @@ def test_row_order_is_exact_on_packed_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", names.FAMILIES)
 def test_names_are_those_of_gguf_py(architecture: str) -> None:
     """Each name of ours is gguf-py's name for the same parameter, and layers have all that gguf-py knows."""
-    theirs = gguf_py.get_tensor_name_map(gguf_py.MODEL_ARCH[architecture.upper()], 3)
+    theirs = gguf_py.get_tensor_name_map(gguf_py.MODEL_ARCH[architecture.upper().replace("-", "_")], 3)
     ours = names.hf_names(architecture, 3)
     for gguf_name, hf_name in ours.items():
-        assert theirs.get_name(hf_name, try_suffixes=(".weight", ".bias")) == gguf_name
-    assert len(ours) == 2 * (3 + 3 * len(names.FAMILIES[architecture].layer))
+        name = hf_name.removesuffix("_bias") + (".bias" if hf_name.endswith("_bias") else "")  # of experts: no dot
+        name = name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+        assert theirs.get_name(name, try_suffixes=(".weight", ".bias")) == gguf_name
+    family = names.MIXTRAL if architecture == "llama" else names.FAMILIES[architecture]
+    assert len(ours) == 2 * (3 + 3 * len(family.layer))
 
 
-def raw_llama(tmp_path: Path, tensors: dict[str, list[int]]) -> GgufFile:
+def raw_llama(tmp_path: Path, tensors: dict[str, list[int]], kind: str = "llama") -> GgufFile:
     """A llama file of one layer and two heads with these tensors (in the file's order of dimensions)."""
-    keys = [string_key("general.architecture", "llama")]
-    keys += [number_key(f"llama.{key}", "I", n) for key, n in (("block_count", 1), ("attention.head_count", 2))]
+    keys = [string_key("general.architecture", kind)]
+    keys += [number_key(f"{kind}.{key}", "I", n) for key, n in (("block_count", 1), ("attention.head_count", 2))]
     infos, offset = [], 0
     for name, ne in tensors.items():
         infos.append(tensor_info(name, ne, 0, offset))
@@ -102,9 +105,9 @@ def test_all_unknown_tensors_are_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["blk.0.ffn_gate_inp.weight", "blk.0.ffn_up_exps.weight"])
 def test_experts_are_refused_by_their_tensors(name: str, tmp_path: Path) -> None:
-    """Mixtral is `llama` with expert tensors: the error names one."""
-    with pytest.raises(ModelError, match=f"{name}: experts are not supported yet"):
-        names.entries(raw_llama(tmp_path, {"token_embd.weight": [8, 4], name: [8, 8]}))
+    """A dense architecture has no experts: the error names a tensor."""
+    with pytest.raises(ModelError, match=f"{name}: experts are not supported in a qwen2 model"):
+        names.entries(raw_llama(tmp_path, {"token_embd.weight": [8, 4], name: [8, 8]}, "qwen2"))
 
 
 def test_rows_must_divide_into_heads(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lorafit.formats.gguf import GgufFile
-from lorafit.formats.names import FAMILIES, ROPE_FACTORS, architecture_of, count, fault, layer_count
+from lorafit.formats.gguf_experts import YARN, with_experts
+from lorafit.formats.names import ROPE_FACTORS, architecture_of, count, family_of, fault, layer_count
 
 UNSUPPORTED = "use another model"
 TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
@@ -38,7 +39,7 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
         raise fault(gguf, "token_embd.weight", "is missing", "the file holds no whole model")
     head_dim, vocabulary = _head_dim(gguf, hidden // heads), gguf.tensors["token_embd.weight"].shape[0]
     config: dict[str, Any] = {
-        "model_type": FAMILIES[architecture].model_type,
+        "model_type": family_of(gguf).model_type,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": count(gguf, key("feed_forward_length")),
@@ -60,7 +61,7 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
         architecture
     )
     more = {"no_rope_layer_interval": NO_ROPE_EVERY} if architecture == "smollm3" else {}
-    return config | more | (own(gguf, config) if own else {})
+    return with_experts(gguf, architecture, config | more | (own(gguf, config) if own else {}))
 
 
 def _granite(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
@@ -152,6 +153,8 @@ def _token(gguf: GgufFile, name: str, vocabulary: int) -> int | None:
 def _head_dim(gguf: GgufFile, usual: int) -> int:
     """Features of a head; queries, keys and values must have the same number, all of them rotated."""
     architecture = gguf.metadata["general.architecture"]
+    if architecture == "deepseek2":  # the part that is rotated; the rest of its heads is another matter
+        return count(gguf, "deepseek2.rope.dimension_count")
     head_dim = count(gguf, f"{architecture}.attention.key_length", usual)
     partly = ("rope.dimension_count",) if architecture != "phi3" else ()
     for name in ("attention.value_length", *partly):
@@ -171,8 +174,8 @@ def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
     kind = gguf.value(f"{prefix}scaling.type", str, "linear")
     factor = _positive(gguf, f"{prefix}scaling.factor", 1.0)
     known: tuple[str, ...] = ("type", "factor", "original_context_length", "finetuned")
-    if architecture in ("mistral3", "olmo2"):  # their converters write all of it
-        known += ("yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier", "yarn_attn_factor")
+    if architecture in ("mistral3", "olmo2", "gpt-oss", "deepseek2"):  # their converters write all of it
+        known += YARN
     read = {f"{prefix}scaling.{name}" for name in known}
     other = sorted(key for key in gguf.metadata if key.startswith(f"{prefix}scal") and key not in read)
     if other and kind != "none":

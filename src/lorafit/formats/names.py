@@ -42,6 +42,36 @@ GEMMA_NORMS = {
 }
 FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}  # gate's rows come first in both
 NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+}
+DENSE = ("ffn_gate", "ffn_up", "ffn_down")
+GPT_OSS = {
+    "ffn_gate_inp": "mlp.router",
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks": "self_attn.sinks",
+}
+LLAMA4 = {
+    "ffn_gate_inp": "feed_forward.router",
+    **{f"ffn_{matrix}": f"feed_forward.{matrix}_proj" for matrix in ("gate", "up", "down")},
+    **{f"ffn_{matrix}_exps": f"feed_forward.experts.{matrix}_proj" for matrix in ("gate", "up", "down")},
+    **{f"ffn_{matrix}_shexp": f"feed_forward.shared_expert.{matrix}_proj" for matrix in ("gate", "up", "down")},
+}
+DEEPSEEK2 = {
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+    "attn_k_b": "self_attn.k_b_proj",  # the last one in halves, the first transposed: see gguf_experts.py
+    "attn_v_b": "self_attn.v_b_proj",
+    "exp_probs_b": "mlp.gate.e_score_correction",
+    **{f"ffn_{matrix}_shexp": f"mlp.shared_experts.{matrix}_proj" for matrix in ("gate", "up", "down")},
+}
 ROPE_FACTORS = "rope_freqs.weight"
 MAX_WIDTH = 1 << 20  # features, heads, layers
 
@@ -57,6 +87,10 @@ class Family:
     """Rows of q and k come in the order of ggml's rotary embedding: (0, half, 1, half + 1, ...) within each head."""
     norms_plus_one: bool = False
     """The file's norms multiply by what it holds; transformers' multiply by one more than their weight."""
+    experts_last: bool = False
+    """transformers' parameters of experts are (E, inputs, outputs); the file's are (E, outputs, inputs) always."""
+    gates_alternate: bool = False
+    """transformers interleaves the rows of experts' gate and up."""
 
 
 def _without(names: dict[str, str], *left_out: str) -> dict[str, str]:
@@ -73,7 +107,17 @@ FAMILIES = {
     "mistral3": Family("ministral3", LAYER, interleaved=True),
     "phi3": Family("phi3", _without(LAYER, "attn_q", "attn_k", "attn_v", "ffn_gate") | FUSED),
     "olmo2": Family("olmo2", _without(LAYER, "attn_norm", "ffn_norm") | HEAD_NORMS | NORMS_BEHIND),
+    "qwen3moe": Family("qwen3_moe", _without(LAYER, *DENSE) | HEAD_NORMS | EXPERTS),
+    "gpt-oss": Family(
+        "gpt_oss",
+        _without(LAYER, *DENSE, "ffn_norm") | EXPERTS | GPT_OSS,
+        experts_last=True,
+        gates_alternate=True,
+    ),
+    "llama4": Family("llama4_text", LAYER | LLAMA4, experts_last=True),
+    "deepseek2": Family("deepseek_v3", LAYER | EXPERTS | DEEPSEEK2),
 }
+MIXTRAL = Family("mixtral", LAYER | EXPERTS, interleaved=True)  # its architecture is `llama`, with experts
 
 
 @dataclass(frozen=True)
@@ -118,10 +162,18 @@ class Entry:
 def hf_names(architecture: str, n_layers: int) -> dict[str, str]:
     """Every tensor name that a file of this architecture may hold, with its parameter's name."""
     modules = dict(TOP)
+    names = MIXTRAL.layer | FAMILIES[architecture].layer if architecture == "llama" else FAMILIES[architecture].layer
     for layer in range(n_layers):
-        for gguf_name, name in FAMILIES[architecture].layer.items():
+        for gguf_name, name in names.items():
             modules[f"blk.{layer}.{gguf_name}"] = f"model.layers.{layer}.{name}"
-    return {f"{old}.{kind}": f"{new}.{kind}" for old, new in modules.items() for kind in ("weight", "bias")}
+    return {f"{old}.{kind}": _parameter(new, kind) for old, new in modules.items() for kind in ("weight", "bias")}
+
+
+def _parameter(module: str, kind: str) -> str:
+    """The parameter's name; of experts and sinks it is the module's, with the kind behind it if it is a bias."""
+    if ".experts." in module or module.endswith((".sinks", ".e_score_correction")):
+        return module if kind == "weight" else f"{module}_bias"
+    return f"{module}.{kind}"
 
 
 def entries(gguf: GgufFile) -> dict[str, Entry]:
@@ -131,11 +183,12 @@ def entries(gguf: GgufFile) -> dict[str, Entry]:
     tensors that no model of this architecture has.
     """
     architecture = architecture_of(gguf)
-    family = FAMILIES[architecture]
+    family = family_of(gguf)
     names = hf_names(architecture, layer_count(gguf, architecture))
     heads = {"attn_q": count(gguf, f"{architecture}.attention.head_count")}
     heads["attn_k"] = count(gguf, f"{architecture}.attention.head_count_kv", heads["attn_q"])
-    stored = [t for t in gguf.tensors.values() if not (t.name == ROPE_FACTORS and architecture == "llama")]
+    rotary = architecture in ("llama", "llama4")
+    stored = [t for t in gguf.tensors.values() if not (t.name == ROPE_FACTORS and rotary)]
     unknown = [tensor.name for tensor in stored if tensor.name not in names]
     if unknown:
         raise Faults([fault(gguf, name, f"has no place in a {architecture} model") for name in unknown])
@@ -166,10 +219,18 @@ def architecture_of(gguf: GgufFile) -> str:
         remedy = f"the nearest supported one is {near[0]}" if near else f"supported: {', '.join(FAMILIES)}"
         raise fault(gguf, "general.architecture", f"{architecture!r} is not supported yet", remedy)
     experts = next((name for name in gguf.tensors if "_exps." in name or ".ffn_gate_inp." in name), "")
-    if experts or gguf.value(f"{architecture}.expert_count", int, 0):
+    known = "ffn_gate_inp" in FAMILIES[architecture].layer or architecture == "llama"
+    if not known and (experts or gguf.value(f"{architecture}.expert_count", int, 0)):
         where = experts or f"{architecture}.expert_count"
-        raise fault(gguf, where, "experts are not supported yet", "use a model without experts")
+        raise fault(gguf, where, f"experts are not supported in a {architecture} model", "use another model")
     return architecture
+
+
+def family_of(gguf: GgufFile) -> Family:
+    """What the file's architecture is called in transformers: a `llama` with experts is a Mixtral."""
+    architecture = architecture_of(gguf)
+    mixtral = architecture == "llama" and gguf.value("llama.expert_count", int, 0)
+    return MIXTRAL if mixtral else FAMILIES[architecture]
 
 
 def fault(gguf: GgufFile, name: str, what: str, remedy: str = "convert the model again") -> ModelError:
