@@ -45,7 +45,8 @@ class TrainConfig:
     dropout: float = 0.0
     """Probability that an input of the adapter is dropped in training. 0 = none."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Layers that get an adapter: all-linear, attention, mlp, or names and globs, separated by commas."""
+    """Layers that get an adapter: all-linear, attention, mlp, experts, or names and globs, separated by commas.
+    experts = a mixture's stacks of experts, each expert with its own adapter; all-linear does not include them."""
     init_adapter: str | None = None
     """Adapter folder to go on from; its rank, alpha and targets are taken over. Default: a new adapter."""
 

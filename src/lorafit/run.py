@@ -17,6 +17,7 @@ import torch
 
 from lorafit import console, machine, trackers
 from lorafit.adapter.attach import adapted_layers, attach
+from lorafit.adapter.experts import refuse
 from lorafit.adapter.file import load_adapter, save_adapter
 from lorafit.config import Resolved, TrainConfig, field_types, from_values, read_yaml, to_yaml
 from lorafit.data.records import Record
@@ -32,6 +33,7 @@ from lorafit.frozen.fingerprint import digest, fingerprint
 from lorafit.inputs import read_rows, read_template
 from lorafit.kernels import native
 from lorafit.model import buffers
+from lorafit.model.head import decoder_of
 from lorafit.model.load import Base, bytes_by_format, configuration, context_of, load_base
 from lorafit.model.sources import open_source
 from lorafit.settings import settle_for_data, settle_for_machine
@@ -124,7 +126,7 @@ def prepare(resolved: Resolved) -> Job:
         raise ConfigError(", ".join(config.data), "leaves no row with a trained token", "raise --max-length")
     resolved, plan = settle_for_data(resolved, training, data.max_length, configuration(source).to_dict())
     base = load_base(source, tokenizer, resolved.config.base, resolved.config.compute)
-    machine.settle_allocator(keeps=base.fused < len(base.model.get_decoder().layers))
+    machine.settle_allocator(keeps=base.fused < len(decoder_of(base.model).layers))
     buffers.expect(int(resolved.config.micro_batch_tokens or 1))
     base_digest = digest(fingerprint(base.model))
     if config.init_adapter:
@@ -240,7 +242,10 @@ def _start_from(base: Base, config: TrainConfig) -> None:
     """Go on from an adapter on disk; its shapes rule, and this run's dropout."""
     for note in load_adapter(base.model, str(config.init_adapter)):
         console.say(note)
-    for _, layer in adapted_layers(base.model):
+    layers = dict(adapted_layers(base.model))
+    if config.dropout:
+        refuse(base.model, list(layers), "--dropout", config.dropout)
+    for layer in layers.values():
         layer.adapter.dropout.p = config.dropout
 
 

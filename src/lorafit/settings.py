@@ -111,6 +111,16 @@ def _settle_activations(resolved: Resolved, longest: int, model: dict[str, Any])
     return resolved
 
 
+def mlp_width(model: dict[str, Any]) -> int:
+    """Inner features that a token has in one layer: of its own experts and the shared ones, where there are any."""
+    dense, chosen = int(model["intermediate_size"]), int(model.get("num_experts_per_tok") or 0)
+    if not chosen:
+        return dense
+    each = int(model.get("moe_intermediate_size") or dense)
+    shared = int(model.get("n_shared_experts") or 0) * each + int(model.get("shared_expert_intermediate_size") or 0)
+    return chosen * each + shared + (each if model["model_type"] == "llama4_text" else 0)
+
+
 def activation_bytes(model: dict[str, Any], tokens: int, compute: str, kept: bool = True) -> int:
     """What all layers keep for the backward pass of one pack, in bytes; with kept=False their inputs alone.
 
@@ -121,7 +131,7 @@ def activation_bytes(model: dict[str, Any], tokens: int, compute: str, kept: boo
     dim = int(model.get("head_dim") or hidden // heads)
     query, key = heads * dim, int(model.get("num_key_value_heads") or heads) * dim
     normed = 2 if str(model["model_type"]).startswith("gemma") else 0
-    width = (2 + normed) * hidden + 2 * query + 2 * key + 2 * int(model["intermediate_size"])
+    width = (2 + normed) * hidden + 2 * query + 2 * key + 2 * mlp_width(model)
     ours = 1 if model["model_type"] in FUSED_TYPES else 2
     return (
         tokens * int(model["num_hidden_layers"]) * (width * ours if kept else hidden) * (2 if compute == "bf16" else 4)

@@ -14,6 +14,16 @@ from lorafit.model.load import Base, load_base
 from lorafit.model.sources import open_source
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "smollm3")
+MOE_FAMILIES = (
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v3",
+    "gpt_oss",
+    "llama4_text",
+    "qwen2_moe",
+    "olmoe",
+    "granitemoe",
+)
 COMMON = {
     "vocab_size": 512,
     "hidden_size": 32,
@@ -40,6 +50,56 @@ OWN = {
     },
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+    "gpt_oss": {
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "llama4_text": {
+        "head_dim": 8,
+        "intermediate_size_mlp": 40,
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 32,
+        "no_rope_layers": [1, 0],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 1,
+    },
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 2, "logits_scaling": 4.0, "residual_multiplier": 0.5},
 }
 
 

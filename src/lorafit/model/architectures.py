@@ -24,6 +24,9 @@ TEXT = (
 )  # fmt: skip
 """Dense text models."""
 
+MOE = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe", "olmoe", "granitemoe")
+"""Text models with experts."""
+
 IMAGE_TEXT = ("mistral4",)  # text models that transformers lists with the multimodal ones alone
 LINEAR_ATTENTION = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 LENGTH_DEPENDENT = ("dynamic", "longrope")  # kinds of rotary scaling that depend on the longest position at hand

@@ -32,6 +32,7 @@ def document_attention(
     sliding_window: int | None = None,
     documents: tuple[int, ...] | None = None,
     visible_BS: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document -> ((B, T, H, D), None).
@@ -39,8 +40,9 @@ def document_attention(
     documents: bounds of the documents in the sequence, (0, end_1, ..., T); None for one document per batch row.
     sliding_window: a token sees itself and the window - 1 tokens before it. S > T only when decoding with a cache:
     T = 1, which sees the keys in its window; visible_BS (bool): which of the cache's columns a row has filled, all if
-    None. Values may be narrower than keys (multi-head latent attention). Layers of Llama 4 attend within chunks of a
-    document. Source: ours; the layout is transformers' attention API.
+    None. s_aux (H,): gpt-oss's sinks, a score for each head that takes a share of the softmax and no value. Values may
+    be narrower than keys (multi-head latent attention). Layers of Llama 4 attend within chunks of a document.
+    Source: ours; the layout is transformers' attention API.
     """
     batch, heads, length, dim = query_BHTD.shape
     chunk, width = _chunk(module), value_BKSD.shape[-1]
@@ -52,7 +54,8 @@ def document_attention(
             first_B1 = columns - 1 - places_B[:, None] % chunk
             begun_BS = torch.arange(columns) >= first_B1
             visible_BS = begun_BS if visible_BS is None else visible_BS & begun_BS
-        return _newest(q, key_BKSD, value_BKSD, scaling, sliding_window, visible_BS).transpose(1, 2), None
+        newest = _newest(q, key_BKSD, value_BKSD, scaling, sliding_window, visible_BS, s_aux)
+        return newest.transpose(1, 2), None
     bounds = documents or tuple(range(0, batch * length + 1, length))
     query_BHTD = _tempered(module, query_BHTD, lambda: _places(bounds).view(batch, length))
     if chunk is not None:  # a chunk is a document of its own
@@ -60,7 +63,8 @@ def document_attention(
     if width < dim:
         value_BKSD = F.pad(value_BKSD, (0, dim - width))
     q, k, v = (x.transpose(1, 2).contiguous().view(batch * length, -1, dim) for x in (query_BHTD, key_BKSD, value_BKSD))
-    rules = Rules(dim**-0.5 if scaling is None else scaling, sliding_window)
+    sinks = None if s_aux is None else s_aux.detach().float()
+    rules = Rules(dim**-0.5 if scaling is None else scaling, sliding_window, sinks_H=sinks)
     out: Tensor = _WithinDocuments.apply(q, k, v, bounds, rules)
     return out.view(batch, length, heads, dim)[..., :width], None
 
@@ -112,15 +116,25 @@ class _WithinDocuments(torch.autograd.Function):
         return (*grads, None, None)
 
 
-def _newest(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, visible: Tensor | None) -> Tensor:
+def _newest(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, visible: Tensor | None,
+    sinks_H: Tensor | None,
+) -> Tensor:  # fmt: skip
     """The newest token of each row over the keys so far: (B, H, 1, D). The heads that share keys are computed as the
     queries of one head, which in bf16 is five times as fast as enable_gqa."""
     if window is not None:
         k, v = k[:, :, -window:], v[:, :, -window:]
     mask = None if visible is None else visible[:, None, None, -k.shape[2] :]
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
-    return out.reshape(*q.shape[:3], v.shape[3])
+    if sinks_H is None:
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+        return out.reshape(*q.shape[:3], v.shape[3])
+    scores = (grouped @ k.transpose(2, 3)).float() * (q.shape[3] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    sinks = sinks_H.float().view(1, k.shape[1], -1, 1).expand(*scores.shape[:3], 1)
+    shares = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+    return (shares.to(v.dtype) @ v).reshape(*q.shape[:3], v.shape[3])
 
 
 def register() -> str:

@@ -18,6 +18,7 @@ from lorafit.frozen.linear import FrozenLinear
 from lorafit.kernels import layer as parts
 from lorafit.kernels.attention import Rules
 from lorafit.model.buffers import give
+from lorafit.model.head import decoder_of
 from lorafit.model.layer import Layer, LayerFunction, Norm, Norms, Shape, used_up
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # a configuration's name, and ours
@@ -44,7 +45,7 @@ FAMILIES = {  # of a decoder layer's class: what its norms add to their weights
 
 def fuse(model: nn.Module) -> int:
     """Replace the layers and the last norm of a model of a family that we know; the number of layers replaced."""
-    backbone = model.get_decoder()  # type: ignore[operator]
+    backbone = decoder_of(model)
     known = [(index, layer) for index, layer in enumerate(backbone.layers) if _is_known(layer)]
     for index, layer in known:
         backbone.layers[index] = FusedLayer(layer)

@@ -1,8 +1,11 @@
-"""The output matrix, and what a family does to its logits."""
+"""The output matrix, what a family does to its logits, and the model without them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
 
 from lorafit.frozen.weight import FrozenWeight
 
@@ -14,3 +17,9 @@ class Head:
     weight: FrozenWeight
     multiplier: float = 1.0
     softcap: float | None = None
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The model that gives the last hidden states: it has `layers` and `norm`."""
+    found: Any = model.get_decoder()  # type: ignore[operator]
+    return found if hasattr(found, "layers") else found.model  # Llama 4's names itself

@@ -30,12 +30,14 @@ from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenEmbedding, FrozenLinear
 from lorafit.frozen.packed import PackedWeight, quantise
+from lorafit.frozen.stack import FrozenStack
 from lorafit.frozen.weight import FrozenWeight
 from lorafit.kernels import native, ops
 from lorafit.model import attention
 from lorafit.model.architectures import IMAGE_TEXT, WRAPPERS
+from lorafit.model.experts import Experts, RoutedBlock, is_experts, kind_of
 from lorafit.model.fused import FusedLayer, fuse
-from lorafit.model.head import Head
+from lorafit.model.head import Head, decoder_of
 from lorafit.model.sources import WeightSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -74,17 +76,28 @@ def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute
         remedy = "give nf4 or int8, or a GGUF file"
         raise ConfigError("--base", f"packed, and {source.place} holds no packed weights", remedy)
     model = build(source, base, DTYPES[compute])
-    weights = {path.removesuffix(".weight"): weight for path, weight in frozen_weights(model).items()}
     if native.library() is None:
         console.warn(f"attention, norms and packed weights run in plain torch, which is slow ({native.describe()[1]})")
     rows = head_of(model).weight.out_features
     if tokenizer.vocab_size > rows:
         what = f"has {tokenizer.vocab_size} tokens and the embedding {rows} rows"
         raise ModelError(f"{source.place}: tokenizer", what, "use the tokenizer that belongs to the model")
-    linear = [path for path, module in model.named_modules() if isinstance(module, FrozenLinear) and path != "lm_head"]
-    kept = [path for path in linear if base in QUANTISED and isinstance(weights[path], DenseWeight)]
-    fused = sum(isinstance(layer, FusedLayer) for layer in model.get_decoder().layers)
+    kept = _kept(model) if base in QUANTISED else []
+    fused = sum(isinstance(layer, FusedLayer) for layer in decoder_of(model).layers)
     return Base(model, head_of(model), tokenizer, tuple(kept), fused, source.part_of)
+
+
+def _kept(model: nn.Module) -> list[str]:
+    """Linear layers and experts in 16 or 32 bits."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenLinear) and path != "lm_head":
+            weights: list[nn.Module] = [module.weight]
+        else:
+            weights = list(module.weights) if isinstance(module, FrozenStack) else []
+        if any(isinstance(weight, DenseWeight) for weight in weights):
+            found.append(path)
+    return found
 
 
 def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedModel:
@@ -97,13 +110,15 @@ def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedMo
     fill_buffers(model)
     embedding: FrozenWeight | None = None
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Embedding):
+        if is_experts(module):
+            _replace(model, path, _experts(source, path, module, base, compute))
+        elif isinstance(module, nn.Embedding):
             rows = _weight(source, f"{path}.weight", KEPT if base in QUANTISED else base, compute)
             scale = float(getattr(module, "scalar_embed_scale", 1.0))
             _replace(model, path, FrozenEmbedding(rows, compute, scale))
             if path == "model.embed_tokens":  # Gemma 4 has others
                 embedding = rows
-        elif isinstance(module, nn.Linear):
+        elif type(module) is nn.Linear:  # not Llama 4's router, which is one with a forward pass of its own
             tied = f"{path}.weight" not in source.shapes
             kept = path == "lm_head" and base in QUANTISED  # as QLoRA and bitsandbytes do: the head is not quantised
             weight = embedding if tied else _weight(source, f"{path}.weight", KEPT if kept else base, compute)
@@ -115,8 +130,12 @@ def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedMo
                 value = source.load(f"{path}.{name}").to(compute)
                 setattr(module, name, nn.Parameter(value, requires_grad=False))
         for name, _ in module.named_buffers(prefix=path, recurse=False):
-            if name in source.shapes:  # Gemma 4's layer scalars
-                module._buffers[name.rpartition(".")[2]] = source.load(name).to(compute)
+            if name in source.shapes:  # Gemma 4's layer scalars, DeepSeek's correction of its router, added in fp32
+                exact = name.endswith("e_score_correction_bias")
+                module._buffers[name.rpartition(".")[2]] = source.load(name).to(torch.float32 if exact else compute)
+    for path, module in list(model.named_modules()):
+        if type(module).__name__ == "Llama4TextMoe":
+            _replace(model, path, RoutedBlock(module))
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"tensors without values: {left}"
     fuse(model)
@@ -205,10 +224,20 @@ def frozen_parameters(model: nn.Module) -> int:
     return sum(weight.out_features * weight.in_features for weight in weights) + sum(others)
 
 
-def _weight(source: WeightSource, name: str, base: str, compute: torch.dtype) -> FrozenWeight:
-    """The matrix in the format that `base` asks for; one that the format does not fit stays in 16 bits."""
+def _weight(
+    source: WeightSource, name: str, base: str, compute: torch.dtype, *, transposed: bool = False
+) -> FrozenWeight:
+    """The matrix in the format that `base` asks for; one that the format does not fit stays in 16 bits.
+
+    A 3-D tensor (E, O, I) becomes one tall matrix (E O, I); transposed: it is (E, I, O).
+    """
+
+    def load() -> Tensor:
+        values = source.load(name)
+        return (values.transpose(1, 2) if transposed else values).reshape(-1, values.shape[1 if transposed else -1])
+
     if base in DTYPES:
-        return DenseWeight(source.load(name).to(DTYPES[base]), source.format(name))
+        return DenseWeight(load().to(DTYPES[base]), source.format(name))
     stored = source.stored(name)
     if stored is not None and (base in ("packed", KEPT) or stored.format == base.upper()):
         row = ops.first_bad_row(stored)
@@ -218,14 +247,40 @@ def _weight(source: WeightSource, name: str, base: str, compute: torch.dtype) ->
         if stored.order is None and stored.format == FLOATS[compute]:  # a view of the file, multiplied where it lies
             return DenseWeight(stored.data.view(compute), stored.format, mapped=True)
         return PackedWeight(stored)
-    values = source.load(name)
+    values = load()
     if base == "packed":
-        return DenseWeight(values, source.format(name), mapped=True)
+        plain = values if values.element_size() == 2 else values.to(compute)
+        return DenseWeight(plain, source.format(name), mapped=True)
     try:
         found = quantise(values, base) if base in QUANTISED else None
     except ValueError as error:
         raise ModelError(f"{source.place}: {name}", str(error), "the file is damaged; download it again") from None
     return found or DenseWeight(values if values.element_size() == 2 else values.bfloat16(), source.format(name))
+
+
+def _experts(source: WeightSource, path: str, module: nn.Module, base: str, compute: torch.dtype) -> Experts:
+    """Ours for an experts module of transformers: each 3-D parameter becomes a stack of frozen matrices."""
+    kind = kind_of(module, source.place)
+
+    def stack(name: str) -> FrozenStack:
+        whole = f"{path}.{name}"
+        layout = source.stacks.get(whole)
+        if layout is None:  # one tensor, in the order of transformers' parameter
+            parts = [([_weight(source, whole, base, compute, transposed=kind.transposed)], slice(None))]
+        else:
+            parts = [
+                ([_weight(source, one, base, compute) for one in part.names], part.columns) for part in layout.parts
+            ]
+        bias = getattr(module, f"{name}_bias", None)
+        return FrozenStack(
+            source.shapes[whole][0],
+            parts,
+            None if bias is None else source.load(f"{whole}_bias").to(compute),
+            transposed=kind.transposed,
+            declared=kind.declared,
+        )
+
+    return Experts(stack("gate_up_proj"), stack("down_proj"), kind)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

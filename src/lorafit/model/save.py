@@ -15,6 +15,7 @@ from lorafit.formats.bitsandbytes import Nf4Parts, quantization_config, write_nf
 from lorafit.formats.folders import commit
 from lorafit.formats.safetensors import SINGLE, write_safetensors
 from lorafit.frozen.packed import PackedWeight
+from lorafit.frozen.stack import FrozenStack
 from lorafit.frozen.weight import FrozenWeight
 from lorafit.kernels import ops
 
@@ -22,8 +23,9 @@ from lorafit.kernels import ops
 def save_nf4(model: PreTrainedModel, folder: str | Path) -> None:
     """Write a model of `lorafit.load(..., base="nf4")`: config.json, model.safetensors, its tokenizer.
 
-    NF4 layers are written byte for byte in bitsandbytes' layout; what is packed otherwise is unpacked to 16 bits. The
-    folder is complete or absent. Raises ConfigError when no layer is in NF4 or the folder exists.
+    NF4 layers are written byte for byte in bitsandbytes' layout; what is packed otherwise is unpacked to 16 bits, and
+    so are experts, which bitsandbytes does not read in 4 bits. The folder is complete or absent. Raises
+    ConfigError when no layer is in NF4 or the folder exists.
     """
     folder, config = Path(folder), model.config
     if hasattr(model, "peft_paths"):
@@ -50,8 +52,15 @@ def save_nf4(model: PreTrainedModel, folder: str | Path) -> None:
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor of the file by its name: quantised layers in parts, the rest in 16 bits, a tied matrix once."""
     found: dict[str, Tensor] = {}
+    stacks = [path for path, module in model.named_modules() if isinstance(module, FrozenStack)]
     for path, module in model.named_modules():
-        if isinstance(module, PackedWeight) and module.format == ops.NF4:
+        if isinstance(module, FrozenStack):
+            found[path] = module.dense(torch.bfloat16)
+            if module.bias is not None:
+                found[f"{path}_bias"] = module.bias.detach().bfloat16()
+        elif any(path.startswith(f"{stack}.") for stack in stacks):
+            continue  # its weights are in there already
+        elif isinstance(module, PackedWeight) and module.format == ops.NF4:
             stored = module.stored
             assert stored.scales is not None, "NF4 has scales"
             shape = (module.out_features, module.in_features)

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import ModelError
-from lorafit.formats import bitsandbytes, gguf_config, names, place
+from lorafit.formats import bitsandbytes, gguf_config, gguf_experts, names, place, stacks
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_tokenizer import from_gguf
 from lorafit.formats.safetensors import BYTES, Shards, open_folder
+from lorafit.formats.stacks import Stack
 from lorafit.formats.tokenizer import TextTokenizer, load_tokenizer
 from lorafit.kernels import ops
 from lorafit.kernels.ops import Stored
-from lorafit.model.architectures import TEXT, WRAPPERS, own_name, text_config
+from lorafit.model.architectures import MOE, TEXT, WRAPPERS, own_name, text_config
 
-MODEL_TYPES = TEXT
+MODEL_TYPES = TEXT + MOE
 
 
 class WeightSource(ABC):
@@ -37,6 +38,9 @@ class WeightSource(ABC):
     """Whether some matrices are stored in fewer than 16 bits."""
     packs: bool
     """Whether matrices can be used as they lie in the file."""
+    stacks: dict[str, Stack]
+    """The 3-D parameters that the file has in several tensors, or with their rows first; `shapes` has them whole, in
+    transformers' shape where the file tells it, else (E, O, I)."""
 
     def stored(self, name: str) -> Stored | None:
         """The matrix as it lies in the file, for operators that read it there; None where only `load` can give it."""
@@ -84,15 +88,22 @@ class FolderSource(WeightSource):
         inside = {part for name in self._nf4 for part in bitsandbytes.parts_of(name)}
         shapes = {name: shape for name, shape in self._shards.shapes.items() if name not in inside}
         shapes |= {name: parts.shape for name, parts in self._nf4.items()}
+        kind = str(self.config["model_type"])
         self._names = {own: name for name in shapes if (own := own_name(name)) is not None}
-        self.shapes = {own: shapes[name] for own, name in self._names.items()}
+        found = {own: shapes[name] for own, name in self._names.items()}
+        self.stacks = stacks.of_matrices(found, kind, str(path))
+        used = {name for stack in self.stacks.values() for part in stack.parts for name in part.names}
+        alone = {name: stacks.renamed(name, kind) for name in found.keys() - used}
+        self._names |= {own: self._names[name] for name, own in alone.items()}
+        self.shapes = {own: found[name] for name, own in alone.items()}
+        self.shapes |= {name: stack.shape for name, stack in self.stacks.items()}
         if self.part_of and "tie_word_embeddings" not in self.config:
             self.config["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
         self.quantised = self.packs = bool(self._nf4)
         for name in shapes.keys() - self._nf4.keys():
             if self._shards.dtypes[name] in ("U8", "I8"):
                 raise ModelError(place(path, name), f"has dtype {self._shards.dtypes[name]}, and no bitsandbytes parts")
-        _check_sizes(self.config, len(self.shapes), path / "config.json")
+        _check_sizes(self.config, len(self._shards.shapes), path / "config.json")
 
     def stored(self, name: str) -> Stored | None:
         name = self._names.get(name, name)
@@ -127,8 +138,9 @@ class GgufSource(WeightSource):
         self.place = str(path)
         self._gguf: GgufFile = read_gguf(path)
         self.config = gguf_config.hf_config(self._gguf)
-        self._entries = names.entries(self._gguf)
-        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self._entries = gguf_experts.join(self._gguf, names.entries(self._gguf))
+        self.stacks = gguf_experts.stacks_of(self._gguf, self._entries)
+        self.shapes = gguf_experts.shapes_of(self._gguf, self._entries, self.stacks)
         self.packs = True
         self.quantised = any(tensor.type.elements > 1 for tensor in self._gguf.tensors.values())
 
@@ -154,7 +166,8 @@ class GgufSource(WeightSource):
 def _check_sizes(config: dict[str, Any], tensors: int, file: Path) -> None:
     """Work and memory follow from these numbers, so they are checked before anything is built from them."""
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    for key in (*needed, "max_position_embeddings"):
+    also = ("max_position_embeddings", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+    for key in (*needed, *also):
         if key not in config:
             continue  # then it has transformers' default
         value, most = config[key], tensors if key == "num_hidden_layers" else 1 << 24

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.adapter.dropout import Places
 from lorafit.data.batch import Pack
-from lorafit.model.head import Head
+from lorafit.model.head import Head, decoder_of
 from lorafit.training.loss import token_losses
 
 
@@ -24,14 +24,14 @@ def checkpoint_layers(model: nn.Module, count: int) -> None:
     """Compute the first `count` layers twice in training, and the others once. The first, since the others' activations
     are gone by then."""
     again = functools.partial(checkpoint, use_reentrant=False)
-    for index, layer in enumerate(model.get_decoder().layers):  # type: ignore[operator]
+    for index, layer in enumerate(decoder_of(model).layers):
         layer.gradient_checkpointing = index < count
         layer._gradient_checkpointing_func = again  # what transformers' own layers call
 
 
 def pack_losses(model: nn.Module, head: Head, pack: Pack) -> Tensor:
     """Losses (N,) in nats of the pack's trained tokens, in the pack's order; differentiable in the adapter."""
-    backbone = model.get_decoder()  # type: ignore[operator]
+    backbone = decoder_of(model)
     hidden_1TH = backbone(
         input_ids=torch.from_numpy(pack.ids_T)[None],
         position_ids=torch.from_numpy(pack.positions_T)[None],

@@ -1,0 +1,160 @@
+"""LoRA on a stack of experts: each expert's frozen matrix has an A and a B of its own.
+
+    y = x W_e^T + (alpha / r) * x A_e^T B_e^T        A (E, r, I), random    B (E, O, r), zero at the start
+
+Only the experts that tokens were sent to are computed: whoever routes hands over one expert's tokens at a time, and no
+expert's update B_e A_e is ever made. Forward and backward are by hand, as in adapter/group.py.
+
+Source: Hu et al. 2021, arXiv:2106.09685, section 4.1, expert by expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lorafit.adapter.dropout import PlacedDropout
+from lorafit.adapter.lora import LoraAdapter
+from lorafit.errors import ConfigError
+from lorafit.frozen.stack import FrozenStack
+
+ROUTERS = ("gate", "router", "shared_expert_gate")  # what stands beside a module's experts and chooses among them
+
+
+class ExpertAdapter(nn.Module):
+    """A and B of every expert, fp32. It has no forward pass of its own: `ExpertGroup` computes it."""
+
+    def __init__(self, experts: int, in_features: int, out_features: int, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.rank, self.alpha, self.scale = rank, float(alpha), alpha / rank
+        self.A = nn.Parameter(torch.empty(experts, rank, in_features, dtype=torch.float32))
+        self.B = nn.Parameter(torch.zeros(experts, out_features, rank, dtype=torch.float32))
+        self.dropout = PlacedDropout()  # always 0: see `refuse`
+
+    def start(self, generator: torch.Generator) -> None:
+        """A to its random start, B to zero: the update is exactly 0."""
+        bound = 1 / math.sqrt(self.A.shape[2])
+        nn.init.uniform_(self.A, -bound, bound, generator=generator)
+        nn.init.zeros_(self.B)
+
+
+class LoraStack(nn.Module):
+    """A stack of frozen matrices and the adapter beside it. `enabled` False gives the base model's bits."""
+
+    def __init__(self, base: FrozenStack, adapter: ExpertAdapter) -> None:
+        super().__init__()
+        self.base, self.adapter = base, adapter
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.enabled = True
+
+
+class LoraRouter(nn.Module):
+    """A module that routes by its `weight`, computed with W + (alpha / r) B A instead, rounded to W's dtype once."""
+
+    def __init__(self, base: nn.Module, adapter: LoraAdapter) -> None:
+        super().__init__()
+        self.base, self.adapter = base, adapter
+        self.enabled = True
+
+    def forward(self, *arguments: Tensor) -> object:
+        if not self.enabled:
+            return self.base(*arguments)
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        changed = weight.float() + self.adapter.B @ self.adapter.A * self.adapter.scale
+        return functional_call(self.base, {"weight": changed.to(weight.dtype)}, arguments)
+
+
+class ExpertGroup:
+    """One stack with its adapter, if it has one, for one forward and backward pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        base = layer.base if isinstance(layer, LoraStack) else layer
+        assert isinstance(base, FrozenStack), "experts are frozen stacks"
+        self.base: FrozenStack = base
+        self.adapter = layer.adapter if isinstance(layer, LoraStack) and layer.enabled else None
+        self.grads: list[Tensor] = []
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B, if there are any."""
+        return [] if self.adapter is None else [self.adapter.A, self.adapter.B]
+
+    def forward(self, expert: int, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(y (N, O), h = x (s A_e)^T (N, r)) in x's dtype."""
+        y_NO = x_NI.new_empty(len(x_NI), self.base.out_features)
+        self.base.product(expert, x_NI, y_NO)
+        if self.adapter is None:
+            return y_NO, None
+        A, B = self._matrices(self.adapter, expert, x_NI.dtype)
+        h_NR = x_NI @ A.T
+        return y_NO.addmm_(h_NR, B.T), h_NR
+
+    def backward_input(self, expert: int, grad_NO: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(dx (N, I), dh (N, r)) from dy."""
+        dx_NI = self.base.backward_input(expert, grad_NO)
+        if self.adapter is None:
+            return dx_NI, None
+        A, B = self._matrices(self.adapter, expert, grad_NO.dtype)
+        dh_NR = grad_NO @ B
+        return dx_NI.addmm_(dh_NR, A), dh_NR
+
+    def add_grads(
+        self, expert: int, grad_NO: Tensor, dh_NR: Tensor | None, x_NI: Tensor, h_NR: Tensor | None
+    ) -> None:  # fmt: skip
+        """dA_e and dB_e, fp32, kept in `grads`; an expert without tokens keeps zeros."""
+        if self.adapter is None or dh_NR is None or h_NR is None:
+            return
+        if not self.grads:
+            self.grads = [torch.zeros_like(self.adapter.A), torch.zeros_like(self.adapter.B)]
+        self.grads[0][expert] = (dh_NR.T @ x_NI).float() * self.adapter.scale
+        self.grads[1][expert] = grad_NO.T @ h_NR
+
+    def _matrices(self, adapter: ExpertAdapter, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """s A_e and B_e in the dtype of the products; of this expert alone."""
+        return (adapter.A[expert] * adapter.scale).to(dtype), adapter.B[expert].to(dtype)
+
+
+def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every stack of experts by its path, adapted or not."""
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, path: str) -> None:
+        if isinstance(module, (FrozenStack, LoraStack)):
+            found[path] = module
+            return
+        for name, child in module.named_children():
+            walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")
+    return found
+
+
+def routers(model: nn.Module) -> list[str]:
+    """Paths of the modules that choose among experts: by name, beside a module that is called `experts`."""
+    found = []
+    for path, module in model.named_modules():
+        children = dict(module.named_children())
+        if "experts" in children:
+            found += [f"{path}.{name}".lstrip(".") for name in ROUTERS if name in children]
+    return found
+
+
+def put_on_experts(base: FrozenStack, rank: int, alpha: float) -> LoraStack:
+    """The stack with an adapter on it, whose A has no values yet."""
+    return LoraStack(base, ExpertAdapter(base.experts, base.in_features, base.out_features, rank, alpha))
+
+
+def refuse(model: nn.Module, paths: Iterator[str] | list[str], option: str, value: object) -> None:
+    """Raise ConfigError when one of `paths` is a stack of experts, on which this option's value cannot be honoured.
+
+    Dropout of an adapter's input and DoRA's norm are not defined there by PEFT, which would not read such an adapter.
+    """
+    stacks = expert_layers(model)
+    hit = next((path for path in paths if path in stacks), None)
+    if hit is not None:
+        what = f"{value} cannot be put on experts, such as {hit}"
+        raise ConfigError(option, what, "leave it out, or leave `experts` out of --targets")

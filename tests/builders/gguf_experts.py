@@ -1,0 +1,132 @@
+"""Tiny models with experts as GGUF files, as llama.cpp's converter would write them: names by gguf-py, changes anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from builders.gguf_files import _add, _interleaved
+from builders.tokenizers_tiny import tiny_gguf_metadata
+
+ARCHITECTURES = {
+    "qwen3_moe": "qwen3moe",
+    "mixtral": "llama",
+    "gpt_oss": "gpt-oss",
+    "llama4_text": "llama4",
+    "deepseek_v3": "deepseek2",
+}
+
+
+def write_moe_gguf(path: Path, model: PreTrainedModel, tensor_type: str = "F32", **changes: Any) -> Path:
+    """The model as a GGUF file with matrices of this type, where their rows divide into its blocks; else F16.
+
+    changes: metadata keys to change, without the architecture; None takes one away.
+    """
+    kind = model.config.model_type
+    arch = ARCHITECTURES[kind]
+    writer = GGUFWriter(path, arch)
+    writer.add_type("model")
+    metadata = {key: value for key, value in {**_metadata(model), **changes}.items() if value is not None}
+    for key, value in ({f"{arch}.{key}": value for key, value in metadata.items()} | tiny_gguf_metadata()).items():
+        _add(writer, key, value)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper().replace("-", "_")], model.config.num_hidden_layers)
+    for name, values in _tensors(model):
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found, f"{name} has no name in {arch}"
+        array = values.contiguous().numpy()
+        small = array.ndim == 1 or "ffn_gate_inp" in found or not found.endswith(".weight")
+        own = GGMLQuantizationType["F32" if small else tensor_type]
+        if array.shape[-1] % gguf.GGML_QUANT_SIZES[own][0]:
+            own = GGMLQuantizationType.F16
+        writer.add_tensor(found, quants.quantize(array, own), raw_dtype=own)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    config, kind = model.config, model.config.model_type
+    last = kind in ("gpt_oss", "llama4_text")
+    for name, parameter in model.state_dict().items():
+        values = parameter.detach().float()
+        if kind == "mixtral" and (".q_proj." in name or ".k_proj." in name):
+            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+            values = torch.from_numpy(_interleaved(values.numpy(), heads))
+        if name.endswith((".experts.gate_up_proj", ".experts.gate_up_proj_bias")):
+            bias = name.endswith("_bias")
+            if last and not bias:
+                values = values.transpose(1, 2)
+            parts = (values[:, ::2], values[:, 1::2]) if kind == "gpt_oss" else values.chunk(2, dim=1)
+            for part, matrix in zip(parts, ("gate_proj", "up_proj"), strict=True):
+                yield f"{name.rpartition('.')[0]}.{matrix}.{'bias' if bias else 'weight'}", part
+        elif name.endswith(".experts.down_proj"):
+            yield f"{name}.weight", values.transpose(1, 2) if last else values
+        elif name.endswith(".experts.down_proj_bias"):
+            yield name.replace("down_proj_bias", "down_proj.bias"), values
+        elif name.endswith(".kv_b_proj.weight"):
+            heads = values.view(config.num_attention_heads, -1, config.kv_lora_rank)
+            key, value = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+            yield name.replace("kv_b_proj", "k_b_proj"), key.transpose(1, 2)
+            yield name.replace("kv_b_proj", "v_b_proj"), value
+        elif name.endswith(".sinks"):
+            yield f"{name}.weight", values
+        else:
+            yield name.replace("e_score_correction_bias", "e_score_correction.bias"), values
+
+
+def _metadata(model: PreTrainedModel) -> dict[str, Any]:
+    config, kind = model.config, model.config.model_type
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        "expert_count": config.num_local_experts,
+        "expert_used_count": config.num_experts_per_tok,
+    }
+    if kind == "qwen3_moe":
+        found["expert_feed_forward_length"] = config.moe_intermediate_size
+    if kind == "gpt_oss":
+        found["expert_feed_forward_length"] = config.intermediate_size
+        found["attention.sliding_window"] = config.sliding_window
+    if kind == "llama4_text":
+        found["expert_feed_forward_length"] = config.intermediate_size
+        found["feed_forward_length"] = config.intermediate_size_mlp
+        found["interleave_moe_layer_step"] = config.interleave_moe_layer_step
+        found["leading_dense_block_count"] = 0
+    if kind == "deepseek_v3":
+        found |= {
+            "attention.head_count_kv": 1,
+            "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+            "attention.value_length": config.kv_lora_rank,
+            "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
+            "attention.value_length_mla": config.v_head_dim,
+            "attention.q_lora_rank": config.q_lora_rank,
+            "attention.kv_lora_rank": config.kv_lora_rank,
+            "rope.dimension_count": config.qk_rope_head_dim,
+            "leading_dense_block_count": config.first_k_dense_replace,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+            "expert_shared_count": config.n_shared_experts,
+            "expert_weights_scale": config.routed_scaling_factor,
+            "expert_weights_norm": config.norm_topk_prob,
+            "expert_gating_func": 2,
+            "expert_group_count": config.n_group,
+            "expert_group_used_count": config.topk_group,
+        }
+    return found
