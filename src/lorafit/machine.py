@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import mmap
 import os
 import platform
 from contextlib import suppress
@@ -50,8 +51,28 @@ def available_memory() -> int:
     """Bytes that can be used without swapping: the system's, or less where a control group says so."""
     everything = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = _kilobytes(PROC / "meminfo", "MemAvailable") * 1024 or everything
-    limit = _read(SYS / "fs/cgroup/memory.max").strip()
-    return max(0, min(free, int(limit) - memory_bytes())) if limit.isdigit() else free
+    return max(0, min([free, *_left_of_groups()]))
+
+
+def _left_of_groups() -> list[int]:
+    """What each control group above this process leaves, in bytes: its limit less what cannot be taken back. A group's
+    own view is asked first, then those on the way to the root, version 2 and 1."""
+    paths = {Path()}
+    for line in _read(PROC / "self/cgroup").splitlines():
+        place = Path(line.rsplit(":", 1)[-1].lstrip("/"))
+        paths |= {place, *place.parents}
+    found = []
+    for path in paths:
+        for folder, limit, used, file in (
+            (SYS / "fs/cgroup" / path, "memory.max", "memory.current", "inactive_file"),
+            (SYS / "fs/cgroup/memory" / path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            most, taken = _read(folder / limit).strip(), _read(folder / used).strip()
+            if most.isdigit():
+                words = (line.split() for line in _read(folder / "memory.stat").splitlines())
+                reclaimable = next((int(word[1]) for word in words if word[:1] == [file]), 0)
+                found.append(int(most) - (int(taken) - reclaimable if taken.isdigit() else memory_bytes()))
+    return found
 
 
 def settle_allocator(keeps: bool) -> bool:
@@ -78,6 +99,22 @@ def bound_primitives() -> None:
     Packs differ in length, so each brings some 30 products that are not met again, and 50 MB a step stayed behind.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
+def advise(address: int, size: int, wanted: bool) -> bool:
+    """Tell the system that bytes of a mapped file are wanted soon, or not any more; whether it listened.
+
+    Only whole pages can be told of, so those at both ends are among them: of a file that is only read they come back
+    when they are touched.
+    """
+    page = os.sysconf("SC_PAGE_SIZE")
+    start = address // page * page
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return False
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return bool(call(start, address + size - start, mmap.MADV_WILLNEED if wanted else mmap.MADV_DONTNEED) == 0)
 
 
 def trim() -> None:

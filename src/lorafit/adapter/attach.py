@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,14 +59,25 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def select(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Paths of the layers that `targets` name, in the model's order.
+    """Paths of the layers that `targets` name, in the model's order; see `choose`."""
+    everything, linear = list(adaptable_layers(model)), list(linear_layers(model))
+    return choose(everything, targets, linear, list(expert_layers(model)), routers(model))
+
+
+def choose(
+    layers: Sequence[str],
+    targets: Sequence[str],
+    linear: Sequence[str],
+    experts: Sequence[str] = (),
+    choosing: Iterable[str] = (),
+) -> list[str]:
+    """Those of the layers' paths that `targets` name, in their order. linear, experts, choosing: which of them are
+    linear layers, stacks of experts, and what routes tokens to experts.
 
     A target is `all-linear` (every linear layer but the head), a role (`attention`, `mlp`: linear layers; `experts`:
     stacks of experts), a layer's name or path, or a glob over either. What routes tokens to experts must be named: a
     glob that catches it is refused. Raises ConfigError when a target matches nothing, naming the layers that exist.
     """
-    layers, linear = list(adaptable_layers(model)), list(linear_layers(model))
-    experts, choosing = list(expert_layers(model)), routers(model)
     chosen: set[str] = set()
     for target in targets:
         if target == "all-linear":

@@ -6,7 +6,7 @@ within the row (`documents`), positions restart, dropout's mask follows the row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,13 +43,17 @@ def pack_rows(rows: Sequence[Tokens], numbers: Sequence[int], budget: int, toget
     A row longer than the budget is a pack of its own. together=False: one row per pack. A pure function of its
     arguments, so that a resumed run cuts a step as the first run did.
     """
-    longest_first = sorted(numbers, key=lambda n: (-len(rows[n].ids), n))
-    if not together:
-        return [_pack([rows[n]], [n]) for n in longest_first]
-    sizes = [(n, len(rows[n].ids)) for n in longest_first]
-    packs = _first_fit(sizes, budget)
-    packs = _even(sizes, len(packs), budget) or packs
+    packs = cut({n: len(rows[n].ids) for n in numbers}, budget, together)
     return [_pack([rows[n] for n in members], members) for members in packs]
+
+
+def cut(lengths: Mapping[int, int], budget: int, together: bool = True) -> list[list[int]]:
+    """The numbers of the rows in each pack, from the tokens of each row alone; see `pack_rows`."""
+    sizes = sorted(lengths.items(), key=lambda item: (-item[1], item[0]))
+    if not together:
+        return [[number] for number, _ in sizes]
+    packs = _first_fit(sizes, budget)
+    return _even(sizes, len(packs), budget) or packs
 
 
 def _first_fit(sizes: Sequence[tuple[int, int]], budget: int) -> list[list[int]]:

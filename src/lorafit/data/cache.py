@@ -56,18 +56,18 @@ def cached_rows(
     return rows
 
 
-def _folder() -> Path | None:
-    """Where rows are kept; None to keep none."""
+def folder_of(kind: str) -> Path | None:
+    """Where files of this kind, such as rows, are kept; None to keep none."""
     wanted = os.environ.get(VARIABLE)
     if wanted:
-        return None if wanted == "0" else Path(wanted) / "rows"
+        return None if wanted == "0" else Path(wanted) / kind
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "lorafit" / "rows"
+    return Path(home) / "lorafit" / kind
 
 
 def _file(records: Sequence[Record], tokenizer: Tokenizer, settings: list[Any]) -> Path | None:
     """The file of these rows, there or not; None where rows are not kept, or follow from the time too."""
-    folder, key, size = _folder(), hashlib.sha256(), 0
+    folder, key, size = folder_of("rows"), hashlib.sha256(), 0
     if folder is None:
         return None
     for one in records:

@@ -41,6 +41,11 @@ def give(*tensors: Tensor | None) -> None:
             _own.free.setdefault((flat.shape[1], flat.dtype, flat.device), []).append(flat)
 
 
+def forget() -> None:
+    """Free the buffers that wait to be taken; new ones are made when they are needed."""
+    _own.free.clear()
+
+
 def taken() -> int:
     """How many buffers are taken."""
     return len(_own.taken)

@@ -17,6 +17,8 @@ class Head:
     weight: FrozenWeight
     multiplier: float = 1.0
     softcap: float | None = None
+    chunk: int = 512
+    """Tokens whose logits are alive at once: so many that unpacking W is a few per cent of its product."""
 
 
 def decoder_of(model: nn.Module) -> Any:

@@ -22,8 +22,7 @@ from lorafit.kernels.layer import entropy
 from lorafit.model.buffers import give, take
 from lorafit.model.head import Head
 
-CHUNK_TOKENS = 512  # whose logits are alive at once: so many that unpacking the head is a few per cent of its product
-CHUNK_BYTES = 1 << 28  # that they may take, in the compute dtype
+CHUNK_BYTES = 1 << 28  # that the logits of a chunk may take, in the compute dtype
 BLOCK_WEIGHTS = 1 << 23  # of the head unpacked at a time: 17 MB in bf16 stay in the cache
 
 
@@ -36,7 +35,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
         wanted = hidden_NH.requires_grad
-        most = max(1, min(CHUNK_TOKENS, CHUNK_BYTES // (head.weight.out_features * hidden_NH.element_size())))
+        most = max(1, min(head.chunk, CHUNK_BYTES // (head.weight.out_features * hidden_NH.element_size())))
         size = -(-len(targets_N) // max(1, -(-len(targets_N) // most)))  # equal chunks: each reads the whole head
         losses = hidden_NH.new_empty(len(targets_N), dtype=torch.float32)
         gradient_NH = torch.empty_like(hidden_NH) if wanted else None
