@@ -60,7 +60,7 @@ class Trainee:
     def step(self, packs: Sequence[Pack]) -> float:
         """One step, as the loop takes it; its loss in nats per trained token."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = accumulate(self.model, self.head, packs, checkpointed=self.job.plan.checkpointed_layers)
+        loss = accumulate(self.model, self.head, packs, checkpointed=self.config.checkpointed_layers or 0)
         norm = clip_gradient(self.named.values(), self.config.clip_norm)
         state = optimizer_tensors(self.optimizer, self.named)
         assert math.isfinite(loss) and math.isfinite(norm) and sums_finite(state.values())  # noqa: PT018

@@ -134,7 +134,7 @@ def test_names_of_the_package_stay_its_functions():
     for module in pkgutil.walk_packages(lorafit.__path__, "lorafit."):
         if module.name not in ("lorafit.__main__", "lorafit.kernels.triton_unpack"):  # one acts, one needs an extra
             importlib.import_module(module.name)
-    for name in ("train", "load", "attach", "save_adapter", "load_adapter", "save_nf4"):
+    for name in ("train", "plan", "load", "attach", "save_adapter", "load_adapter", "save_nf4"):
         assert callable(getattr(lorafit, name))
         assert name in dir(lorafit)
     with pytest.raises(AttributeError, match="no attribute 'trian'; it has train, load"):

@@ -67,7 +67,7 @@ def test_bytes_are_decimal(size, text):
 
 def test_progress_in_a_log_is_a_line_per_tenth(capsys):
     """No bar without a terminal: the first step, every tenth of the run, and every evaluation."""
-    with console.Steps(40) as steps:
+    with console.Steps(40, lambda step: 0.5 * (40 - step)) as steps:
         for step in range(1, 41):
             steps.line({"step": step, "loss": 2.0, "seconds": 0.5, "tokens_per_second": 100.0})
         steps.line({"step": 40, "eval_loss": 1.25})

@@ -8,10 +8,10 @@ from dataclasses import fields
 import pytest
 
 from builders.rows import Row
-from lorafit import machine, settings
+from lorafit import machine
 from lorafit.config import Resolved, TrainConfig, from_values, read_yaml, to_yaml
 from lorafit.kernels import native
-from lorafit.settings import activation_bytes, settle_for_data, settle_for_machine
+from lorafit.settings import settle_for_data, settle_for_machine
 from lorafit.training.loop import Plan
 from lorafit.training.optim import auto_lr
 
@@ -37,13 +37,20 @@ def test_nothing_is_left_to_choose():
     resolved, plan = settled()
     config = resolved.config
     chosen = ("compute", "base", "threads", "batch_size", "max_length", "lr", "save_every", "eval_every")
-    for name in (*chosen, "kernels", "checkpointing", "checkpointed_layers", "micro_batch_tokens"):
+    for name in (*chosen, "kernels"):
         assert getattr(config, name) not in (None, "auto"), name
         assert resolved.origin[name].startswith("auto: "), name
     assert config.epochs == 1.0
     still_none = {field.name for field in fields(config) if getattr(config, field.name) is None}
-    assert still_none == {"max_steps", "patience", "template", "init_adapter"}  # none of them: that is their meaning
-    assert plan == Plan(13, 13, config.checkpointed_layers)
+    theirs = {"micro_batch_tokens", "checkpointed_layers", "loss_chunk"}  # what memory decides: planning/predict.py
+    assert still_none - theirs == {
+        "max_steps",
+        "patience",
+        "template",
+        "init_adapter",
+        "memory",
+    }  # that is their meaning
+    assert plan == Plan(13, 13)
 
 
 def test_what_is_given_is_kept():
@@ -64,7 +71,7 @@ def test_what_is_given_is_kept():
     resolved, plan = settled(**given)
     assert {name: getattr(resolved.config, name) for name in given} == given
     assert all(resolved.origin[name] == "given" for name in given)
-    assert plan == Plan(40, 20, 30)
+    assert plan == Plan(40, 20)
 
 
 def test_settling_again_changes_nothing(tmp_path):
@@ -74,7 +81,7 @@ def test_settling_again_changes_nothing(tmp_path):
     values = read_yaml(tmp_path / "run.yaml")
     values.pop("identity")
     config = TrainConfig(**from_values(values, "run.yaml"))
-    again, same_plan = settle_for_data(settle_for_machine(Resolved(config)), [Row([5], [True])] * 100, 999, {})
+    again, same_plan = settle_for_data(settle_for_machine(Resolved(config)), [Row([5], [True])] * 100, 999, MODEL)
     assert again.config == resolved.config
     assert same_plan == plan
 
@@ -158,66 +165,3 @@ def test_the_learning_rate_has_its_rule():
 def test_max_length_is_the_longest_row():
     """As the reader of the data found it, up to the model's context."""
     assert settled(longest=77)[0].config.max_length == 77
-
-
-def chosen(monkeypatch, free: int, **given) -> tuple[int, str, int]:
-    """(tokens of a pack, checkpointing, layers computed twice) with so many bytes free."""
-    monkeypatch.setattr(machine, "available_memory", lambda: free)
-    resolved, plan = settled(compute="fp32", **given)
-    config = resolved.config
-    assert plan.checkpointed_layers == config.checkpointed_layers
-    return config.micro_batch_tokens, config.checkpointing, config.checkpointed_layers
-
-
-def test_packs_follow_memory(monkeypatch):
-    """The largest of 2048, 1024 and 512 tokens that is worth its activations and fits half of the free memory. A row
-    longer than a pack counts; what is given stays."""
-    needed = {tokens: activation_bytes(MODEL, tokens, "fp32") for tokens in (512, 1024, 2048)}
-    monkeypatch.setattr(settings, "MICRO_BATCHES", dict.fromkeys((2048, 1024, 512), 10**12))
-    monkeypatch.setattr(settings, "ACTIVATIONS", 10**12)
-    for tokens in (2048, 1024, 512):
-        assert chosen(monkeypatch, 2 * needed[tokens]) == (tokens, "off", 0)
-        assert chosen(monkeypatch, 2 * needed[tokens], rows=2, length=tokens + 1)[:2] != (tokens, "off")
-    assert chosen(monkeypatch, 2 * needed[1024], checkpointing="all") == (2048, "all", 30)
-    assert chosen(monkeypatch, 0, checkpointing="off") == (512, "off", 0)
-    assert chosen(monkeypatch, 2 * needed[1024], micro_batch_tokens=900) == (900, "off", 0)
-    monkeypatch.setattr(settings, "MICRO_BATCHES", {2048: needed[2048] - 1, 1024: 10**12, 512: 10**12})
-    assert chosen(monkeypatch, 10**12) == (1024, "off", 0)
-
-
-def test_as_many_layers_are_computed_twice_as_are_needed(monkeypatch):
-    """None where activations fit, then one by one, all where not even the layers' inputs fit; what is given stays."""
-    whole, inputs = (activation_bytes(MODEL, 512, "fp32", kept) for kept in (True, False))
-    each = (whole - inputs) / 30
-    for count, mode in ((0, "off"), (1, "some"), (17, "some"), (30, "all")):
-        free = 2 * int(whole - count * each + 1)
-        assert chosen(monkeypatch, free, micro_batch_tokens=512) == (512, mode, count)
-        assert (whole - count * each) <= free / 2
-    assert chosen(monkeypatch, 0) == (512, "all", 30)
-    assert chosen(monkeypatch, 0, checkpointed_layers=3) == (512, "some", 3)
-
-
-def test_activations_are_bounded_on_large_machines(monkeypatch):
-    """An 8B model's 512 tokens need 1.5 GB in bf16: a few layers are computed twice, however much is free."""
-    monkeypatch.setattr(machine, "available_memory", lambda: 10**12)
-    large = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    large |= {"num_attention_heads": 32, "num_key_value_heads": 8}
-    rows = [Row([5] * 20, [True] * 20)] * 9
-    resolved = settle_for_machine(Resolved(TrainConfig(compute="bf16")))
-    config = settle_for_data(resolved, rows, 50, large)[0].config
-    assert (config.micro_batch_tokens, config.checkpointing) == (512, "some")
-    assert 0 < config.checkpointed_layers < 12
-    config = settle_for_data(resolved, rows, 50, MODEL)[0].config
-    assert (config.micro_batch_tokens, config.checkpointing) == (1024, "off")
-
-
-def test_activations_by_hand():
-    """One token of a layer of SmolLM2: input and middle 2 x 576, q and attention's output 2 x 576, k and v 2 x 192,
-    gate and up 2 x 1536; of Gemma two more; a family without fused layers keeps about twice that."""
-    one = {**MODEL, "num_hidden_layers": 1}
-    assert activation_bytes(one, 1, "fp32") == 4 * (1152 + 1152 + 384 + 3072)
-    assert activation_bytes(one, 1, "bf16") == 2 * (1152 + 1152 + 384 + 3072)
-    assert activation_bytes(one, 1, "bf16", kept=False) == 2 * 576
-    assert activation_bytes({**one, "model_type": "gemma3_text"}, 1, "bf16") == 2 * (2304 + 1152 + 384 + 3072)
-    assert activation_bytes({**one, "model_type": "olmo"}, 1, "bf16") == 4 * (1152 + 1152 + 384 + 3072)
-    assert activation_bytes(MODEL, 10, "fp32") == 300 * activation_bytes(one, 1, "fp32")

@@ -11,6 +11,7 @@ from typing import Any
 _PUBLIC = {
     "train": "lorafit.api",
     "load": "lorafit.use",
+    "plan": "lorafit.api",
     "attach": "lorafit.adapter.attach",
     "save_adapter": "lorafit.adapter.file",
     "load_adapter": "lorafit.adapter.file",

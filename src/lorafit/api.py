@@ -1,4 +1,4 @@
-"""`lorafit.train` from Python: the options' names as keywords."""
+"""`lorafit.train` and `lorafit.plan` from Python: the options' names as keywords."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from lorafit.config import Resolved, TrainConfig, field_types, from_values
 from lorafit.errors import ConfigError
+from lorafit.forecast import Forecast
+from lorafit.forecast import plan as forecast
 from lorafit.run import Result
 from lorafit.run import train as run_train
 
@@ -24,6 +26,20 @@ def train(*, overwrite: bool = False, **options: Any) -> Result:
             raise ConfigError("lorafit.train", f"{name} is missing", "give model, data and out")
     origin = {name: "given" for name in field_types() if name in given}
     return run_train(Resolved(TrainConfig(**given), origin), overwrite=overwrite)
+
+
+def plan(*, rows: int | None = None, length: int | None = None, device: str | None = None,
+         device_memory: str | None = None, **options: Any) -> Forecast:  # fmt: skip
+    """Predict a run of `lorafit train` with these options; no weights are loaded. The figures are attributes.
+
+    rows, length: instead of data, so many rows of so many tokens. device, device_memory: a device that is not here.
+    Raises LorafitError's family; where nothing fits, `fits` is False and `why` says by how much.
+    """
+    given = from_values({name: _plain(name, value) for name, value in options.items()}, "lorafit.plan")
+    if not given.get("model"):
+        raise ConfigError("lorafit.plan", "model is missing", "give model, and data or rows and length")
+    resolved = Resolved(TrainConfig(**given), dict.fromkeys(given, "given"))
+    return forecast(resolved, rows=rows, length=length, device=device, device_memory=device_memory)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -196,6 +196,27 @@ def train(file: str | None, overwrite: bool, resume: str | None, **flags: Any) -
     run_train(Resolved(TrainConfig(**values), origin), overwrite=overwrite, started=started)
 
 
+@cli.command(epilog=f"{WORDS} MODEL may be a folder with only a config.json, or a built-in name such as qwen3-8b.")
+@click.argument("model")
+@click.argument("data", nargs=-1)
+@click.option("--rows", type=click.IntRange(1), help="Instead of DATA: so many rows ...")
+@click.option("--length", type=click.IntRange(2), help="... of so many tokens.")
+@config_options()
+@click.option("--config", "file", metavar="FILE", help="YAML file with the same settings; flags win over it.")
+@click.option("--device", metavar="NAME", help="Plan for another device, such as a100-80gb, h100, rtx4090 or m3-max.")
+@click.option("--device-memory", metavar="SIZE", help="Plan for a device with this much memory, such as 48GB.")
+@click.option("--json", "as_json", is_flag=True, help="JSON on standard output.")
+def plan(file: str | None, **options: Any) -> int:
+    """Predict memory, time and size of a run, and choose the settings that fit; no weights are loaded."""
+    started = time.perf_counter()
+    own = ("rows", "length", "device", "device_memory", "as_json")
+    values, origin = _resolve(file, {name: value for name, value in options.items() if name not in own})
+    with _importing():
+        from lorafit.forecast import run
+
+    return run(Resolved(TrainConfig(**values), origin), started=started, **{name: options[name] for name in own})
+
+
 @cli.command(epilog=WORDS)
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True)

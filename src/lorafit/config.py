@@ -94,9 +94,21 @@ class TrainConfig:
     Default: 2048, 1024 or 512, the smaller the more memory a token's activations need."""
     checkpointing: Literal["auto", "off", "some", "all"] = "auto"
     """Keep the activations of every layer (off), or compute some or all layers twice. auto = as many as are needed to
-    keep activations under 1.2 GB and half of the free memory."""
+    keep activations under 1.2 GB and half of the free memory, or the whole run inside --memory."""
     checkpointed_layers: int | None = None
     """Layers that are computed twice. Default: none with off, every one with all, else as many as are needed."""
+
+    loss_chunk: int | None = None
+    """Tokens whose logits are alive at once. Default: 512, or fewer where --memory asks for it."""
+    memory: str | None = None
+    """Bytes to stay inside, such as 8GB: packs, checkpointing, the loss's chunks and, with --base auto, the base's bits
+    are the fastest that fit. Default: what is free on the machine or in its container."""
+    shorten: bool = False
+    """Let --memory lower --max-length where nothing else fits: long rows lose their end, and are counted. Default:
+    rows are never cut for memory."""
+    paging: Literal["auto", "off", "on"] = "auto"
+    """on = read a base that lies packed in its file layer by layer and drop it behind, so that it may be larger than
+    memory. auto = where it does not fit otherwise."""
 
     eval: tuple[str, ...] = ()
     """Evaluation data. Default: a part of the training data, see --eval-fraction."""
@@ -151,6 +163,8 @@ class TrainConfig:
             at_least("max_length", 2, " tokens"),
             at_least("micro_batch_tokens", 1, " tokens"),
             at_least("checkpointed_layers", 0, " layers"),
+            at_least("loss_chunk", 1, " tokens"),
+            ("memory", None if self.memory is None else _fault_of_size(self.memory)),
             within("eval_fraction", 0, 0.5),
             at_least("eval_every", 1, " steps"),
             at_least("save_every", 1, " steps"),
@@ -160,6 +174,23 @@ class TrainConfig:
     def _unknown_tracker(self) -> tuple[str, str] | None:
         unknown = [name for name in self.report_to if name not in TRACKERS]
         return (f"{unknown[0]} is no tracker", f"there are {', '.join(TRACKERS)}") if unknown else None
+
+
+def bytes_of(text: str) -> int:
+    """Bytes in words: 8GB = 8 * 10^9, 500MB, 6GiB = 6 * 2^30, or a plain number. Raises ValueError for other text."""
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not found or (found[3] and not found[2]):
+        raise ValueError(text)
+    power = " kmgt".index(found[2].lower() or " ")
+    return round(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
+def _fault_of_size(text: str) -> tuple[str, str] | None:
+    remedy = "give a size such as 8GB or 500MB"
+    try:
+        return None if bytes_of(text) > 0 else (f"is {text}", remedy)
+    except ValueError:
+        return f"is {text!r}", remedy
 
 
 @dataclass(frozen=True)

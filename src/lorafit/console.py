@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 _err = Console(stderr=True, soft_wrap=True)
@@ -120,19 +120,18 @@ def gigabytes(size: float) -> str:
 class Steps:
     """Progress of a training run: a live bar for a person, a line per tenth of the run for a log."""
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    def __init__(self, steps: int, left: Callable[[int], float]) -> None:
+        """left: seconds from the end of a step to the end of the last."""
+        self._steps, self._left = steps, left
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[news]}"),
-            TimeRemainingColumn(),
             console=_err,
             transient=True,
             disable=not is_terminal(),
         )
         self._task = self._bar.add_task("training", total=steps, news="")
-        self._speeds: list[float] = []
 
     def __enter__(self) -> Steps:
         self._bar.start()
@@ -147,11 +146,11 @@ class Steps:
         if "eval_loss" in values:
             say(f"step {step}/{self._steps}  held-out loss {values['eval_loss']:.4f}")
             return
-        self._speeds.append(values["seconds"])
-        recent = self._speeds[-20:]
-        left = duration(sum(recent) / len(recent) * (self._steps - step))
+        left = duration(self._left(step))
         speed = values["tokens_per_second"]
-        self._bar.update(self._task, completed=step, news=f"loss {values['loss']:.4f}  {speed:.0f} tokens/s")
+        self._bar.update(
+            self._task, completed=step, news=f"loss {values['loss']:.4f}  {speed:.0f} tokens/s  {left} left"
+        )
         if not is_terminal() and (step == 1 or step % max(1, self._steps // 10) == 0):
             say(f"step {step}/{self._steps}  loss {values['loss']:.4f}  {speed:.0f} tokens/s  {left} left")
 

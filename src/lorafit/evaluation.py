@@ -16,11 +16,11 @@ from lorafit.evaluate.heldout import HeldOut, difference, held_out
 from lorafit.evaluate.tasks import Judge, Task, check_json, questions, read_metrics
 from lorafit.inputs import read_rows
 from lorafit.model.load import Base
-from lorafit.settings import MICRO_BATCHES
+from lorafit.planning.fit import SIZES
 from lorafit.use import encode_all, open_base, put_on, say_template, templated
 
 Entry = dict[str, Any]
-BUDGET = max(MICRO_BATCHES)  # tokens computed at once
+BUDGET = max(SIZES)  # tokens computed at once
 SHARES = {  # of the table: its name, where the figure stands in an entry, where its difference does
     "exact match": ("exact_match", "share", "difference"),
     "normalised match": ("normalised_match", "share", "difference"),

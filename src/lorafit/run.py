@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lorafit.data.records import Record
 from lorafit.data.rows import Rows
 from lorafit.data.split import overlap, split
 from lorafit.data.tokens import TokenRow
-from lorafit.errors import ConfigError, Faults, ResumeError
+from lorafit.errors import ConfigError, Faults, MemoryLimitError, ResumeError
 from lorafit.evaluate.heldout import held_out
 from lorafit.evaluate.report import finish_report
 from lorafit.formats.folders import file_hash, make_folder, write_text_atomically
@@ -36,12 +37,18 @@ from lorafit.model import buffers
 from lorafit.model.head import decoder_of
 from lorafit.model.load import Base, bytes_by_format, configuration, context_of, load_base
 from lorafit.model.sources import open_source
+from lorafit.planning import predict
+from lorafit.planning.duration import Remaining
+from lorafit.planning.outline import of_source
+from lorafit.planning.predict import Held, Prediction
 from lorafit.settings import settle_for_data, settle_for_machine
 from lorafit.training.checkpoint import Checkpoints, Progress, single_writer
-from lorafit.training.loop import Plan, Run, StopRequest, fit
+from lorafit.training.loop import Plan, Run, StopRequest, fit, rehearse
 from lorafit.training.metrics import Metrics
 
 OURS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "report.html", "report.json", ".lock", *trackers.FILES)
+MUCH_FASTER = 0.75  # of the predicted seconds: then the machine was busy when its speeds were measured
+ELASTIC = ("micro_batch_tokens", "checkpointing", "checkpointed_layers")  # what a lack of memory may lower
 PATHS = ("model", "data", "eval", "out", "template", "init_adapter")  # may move; what they hold may not change
 ASIDE = (*PATHS, "report_to")  # settings that are no part of what a run is
 
@@ -65,6 +72,7 @@ class Job:
     training: list[TokenRow]
     evaluation: list[TokenRow]
     identity: dict[str, Any]
+    prediction: Prediction
 
 
 def train(resolved: Resolved, *, overwrite: bool = False, started: float | None = None) -> Result:
@@ -100,14 +108,18 @@ def resume(out: Path, changes: dict[str, Any] | None = None, *, started: float |
     config = TrainConfig(**stored)
     _refuse_changes("option", {k: getattr(config, k) for k in changes or {}}, changes or {})
     with single_writer(out):
-        job = prepare(Resolved(config, dict.fromkeys(field_types(), "run.yaml")))
+        job = prepare(Resolved(config, dict.fromkeys(field_types(), "run.yaml")), resumed=True)
         _refuse_changes(str(out / "run.yaml"), identity or {}, job.identity)
         return _execute(job, out, started)
 
 
-def prepare(resolved: Resolved) -> Job:
-    """From settings to a model with its adapter and token rows; nothing is written."""
+def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
+    """From settings to a model with its adapter and token rows; nothing is written.
+
+    resumed: every setting is run.yaml's, and none is chosen again.
+    """
     trackers.check(resolved.config.report_to)
+    libraries = machine.memory_bytes()
     source = open_source(Path(resolved.config.model))
     resolved = settle_for_machine(resolved, source.quantised)
     config = resolved.config
@@ -124,10 +136,18 @@ def prepare(resolved: Resolved) -> Job:
         training, evaluation = split(data.rows, config.eval_fraction, key=TokenRow.content_hash)
     if not training:
         raise ConfigError(", ".join(config.data), "leaves no row with a trained token", "raise --max-length")
-    resolved, plan = settle_for_data(resolved, training, data.max_length, configuration(source).to_dict())
-    base = load_base(source, tokenizer, resolved.config.base, resolved.config.compute)
+    shape = configuration(source).to_dict()
+    resolved, plan = settle_for_data(resolved, training, data.max_length, shape)
+    before = Held(libraries, machine.memory_bytes() - libraries)
+    seen = predict.Rows(training, evaluation)
+    resolved, prediction = predict.settle(resolved, plan, of_source(source, shape), seen, before, resumed=resumed)
+    if int(resolved.config.max_length or 0) < data.max_length:  # --shorten
+        return prepare(resolved, resumed=resumed)
+    paged = resolved.config.paging == "on"
+    base = load_base(source, tokenizer, resolved.config.base, resolved.config.compute, paged=paged)
+    base = replace(base, head=replace(base.head, chunk=int(resolved.config.loss_chunk or base.head.chunk)))
     machine.settle_allocator(keeps=base.fused < len(decoder_of(base.model).layers))
-    buffers.expect(int(resolved.config.micro_batch_tokens or 1))
+    buffers.expect(max(int(resolved.config.micro_batch_tokens or 1), prediction.use.longest))  # one size, no holes
     base_digest = digest(fingerprint(base.model))
     if config.init_adapter:
         _start_from(base, config)
@@ -135,7 +155,8 @@ def prepare(resolved: Resolved) -> Job:
         attach(
             base.model, config.rank, config.alpha, config.targets, dropout=config.dropout, seed=config.seed
         )  # fmt: skip
-    return Job(resolved, plan, base, data, training, evaluation, _identity(resolved.config, base_digest, tokenizer))
+    identity = _identity(resolved.config, base_digest, tokenizer)
+    return Job(resolved, plan, base, data, training, evaluation, identity, prediction)
 
 
 def _execute(job: Job, out: Path, started: float) -> Result:
@@ -154,11 +175,13 @@ def _go_on(job: Job, out: Path, started: float, tracked: trackers.Trackers) -> R
     for name in damaged:
         console.warn(f"{name} is damaged and was skipped")
     if start is not None:
-        _refuse_changes(f"checkpoint {start.progress.step}", start.identity, job.identity)
+        place = f"checkpoint {start.progress.step}"
+        _refuse_changes(place, *(_without(identity, ELASTIC) for identity in (start.identity, job.identity)))
         console.say(f"going on after step {start.progress.step}")
     config, base = job.resolved.config, job.base
     metrics = Metrics(out / "metrics.jsonl", start.progress.step if start else 0)
-    progress_bar = console.Steps(job.plan.steps)
+    left = job.prediction.remaining()
+    progress_bar = console.Steps(job.plan.steps, left.seconds)
     tracked.begin(config.report_to, out, vars(config), start.progress.step if start else 0)
     run = Run(
         config=config,
@@ -169,21 +192,83 @@ def _go_on(job: Job, out: Path, started: float, tracked: trackers.Trackers) -> R
         checkpoints=checkpoints,
         metrics=metrics,
         identity=job.identity,
-        evaluate=(lambda: held_out(base.model, base.head, job.evaluation, int(config.micro_batch_tokens or 1)).loss)
+        evaluate=(lambda: held_out(base.model, base.head, job.evaluation, int(run.config.micro_batch_tokens or 1)).loss)
         if job.evaluation
         else None,
-        report=tracked.also(progress_bar.line),
+        report=tracked.also(lambda line: _tell(left, progress_bar, line)),
         memory=machine.memory_bytes,
     )
+    run.lower = lambda step: _stay_inside(job, run, out, step)
     try:
         with _signals(run.stop), progress_bar:
             progress = fit(run, start)
     finally:
         metrics.close()
-    return _finish(job, run, progress, out, started)
+    if left.ratio < MUCH_FASTER:
+        job.prediction.clock.speeds.forget()
+    predicted = job.prediction.figures(started, start.progress.step if start else 0)
+    return _finish(job, run, progress, out, started, predicted)
 
 
-def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float) -> Result:
+def _stay_inside(job: Job, run: Run, out: Path, step: int) -> TrainConfig | None:
+    """Settings that need less memory, where what is left will not do; they are written to run.yaml, and said.
+
+    Before step 1 of a run that is near its budget the largest pack is run once, so that it shows at once.
+    Raises MemoryLimitError where not even one pack of it can be had.
+    """
+    guard = job.prediction.guard()
+    if step == 0 and not guard.rehearses:
+        return None
+    lowered = None
+    while True:
+        config = lowered or run.config
+        try:
+            if step == 0:
+                rehearse(dataclasses.replace(run, config=config), min(job.plan.steps, predict.SEEN))
+            lacking = guard.lacks(before=step == 0)
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            lacking = 1
+        if not lacking:
+            return lowered
+        smaller = guard.lowered(config)
+        if smaller is None and step == 0:
+            what = f"{console.gigabytes(guard.budget)} are not enough: {console.gigabytes(lacking)} are missing"
+            raise MemoryLimitError("--memory", what, "give more, or a lower --max-length, --rank or --base")
+        if smaller is None:
+            return lowered
+        lowered = smaller
+        _say_lowered(job, run, out, lowered, step, lacking)
+        buffers.forget()
+        buffers.expect(max(int(lowered.micro_batch_tokens or 1), guard.longest))
+        machine.trim()
+        if step:
+            return lowered
+
+
+def _say_lowered(job: Job, run: Run, out: Path, config: TrainConfig, step: int, lacking: int) -> None:
+    """Into run.yaml and onto the screen: the run's bits are now those of this machine's memory."""
+    what = f"{config.micro_batch_tokens} tokens at once, {config.checkpointed_layers} layers computed twice"
+    why = f"lowered after step {step}: {console.gigabytes(lacking)} of memory were missing"
+    console.warn(f"{why}; from here on {what}. Another run of this configuration may differ in rounding")
+    resolved = job.resolved
+    for name in ELASTIC:
+        if getattr(config, name) != getattr(run.config, name):
+            resolved = Resolved(config, {**resolved.origin, name: why})
+    settings: Any = run.identity["settings"]
+    run.identity = {**run.identity, "settings": {**settings, **{name: getattr(config, name) for name in ELASTIC}}}
+    write_text_atomically(out / "run.yaml", to_yaml(resolved, {"identity": run.identity}))
+
+
+def _tell(left: Remaining, bar: console.Steps, line: dict[str, Any]) -> None:
+    """Each line of metrics.jsonl, to the estimate of what is left and to the person who watches."""
+    if "loss" in line:
+        left.took(line["step"], line["seconds"])
+    bar.line(line)
+
+
+def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float, predicted: dict[str, float]) -> Result:
     """The best checkpoint's adapter into OUT/adapter, then the report."""
     best = run.checkpoints.read(progress.best_step)
     with torch.no_grad():
@@ -204,8 +289,9 @@ def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float) -
         base=job.base,
         data=job.data,
         evaluation=job.evaluation,
-        budget=int(job.resolved.config.micro_batch_tokens or 1),
+        budget=int(run.config.micro_batch_tokens or 1),
         save_seconds=run.save_seconds,
+        predicted=predicted,
         started=started,
     )
     _farewell(out, report)
@@ -265,6 +351,12 @@ def _identity(config: TrainConfig, base: str, tokenizer: TextTokenizer) -> dict[
     }
 
 
+def _without(identity: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The same without these settings: what a run may lower while it goes on."""
+    kept = {name: value for name, value in identity["settings"].items() if name not in names}
+    return {**identity, "settings": kept}
+
+
 def _hash_files(paths: tuple[str, ...]) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in map(Path, paths):
@@ -321,6 +413,8 @@ def _describe(job: Job) -> None:
     console.say(f"steps     {job.plan.steps} of {config.batch_size} rows")
     for name in ("lr", "base", "compute"):
         console.say(f"{name:<9} {getattr(config, name)}  ({job.resolved.origin.get(name, 'default')})")
+    needed = job.prediction.memory.total, job.prediction.seconds()
+    console.say(f"needs     about {console.gigabytes(needed[0])} and {console.duration(needed[1])}, predicted")
     sizes = [f"{name} {console.gigabytes(size)}" for name, size in bytes_by_format(job.base.model).items()]
     console.say(f"weights   {', '.join(sizes)}; kernels {native.describe()[0]}")
     if config.packing == "off":
@@ -348,6 +442,10 @@ def _farewell(out: Path, report: dict[str, Any]) -> None:
         console.say(f"held-out loss {base:.4f} -> {adapter:.4f} nats per trained token")
     console.say(f"{report['steps']} steps in {console.duration(report['training_seconds'])}, "
                 f"{report['tokens_per_second']:.0f} tokens/s")  # fmt: skip
-    console.say(f"memory    {console.gigabytes(report['peak_memory_bytes'])} at the peak")
+    predicted = report["predicted"]
+    console.say(f"memory    {console.gigabytes(report['peak_memory_bytes'])} at the peak, "
+                f"{console.gigabytes(predicted['memory_bytes'])} predicted")  # fmt: skip
+    console.say(f"time      {console.duration(report['seconds'])} in all, "
+                f"{console.duration(predicted['seconds'])} predicted")  # fmt: skip
     console.say(f"adapter   {out / 'adapter'}")
     console.say(f"report    {out / 'report.html'}")

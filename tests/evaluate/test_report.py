@@ -212,7 +212,7 @@ def test_what_was_found_is_on_the_page_and_in_the_figures(world):
     assert report["trained"]["data"] == [str(world.data)]
     assert report["settings"]["rank"] == {"value": 4, "origin": "given"}
     assert text.count("<rect class=cell") == 2 * 14
-    for words in ("What to do next", "Rows by length", "not predicted", "trained share", "rank 4, alpha 32, 14 layers"):
+    for words in ("What to do next", "Rows by length", "predicted", "trained share", "rank 4, alpha 32, 14 layers"):
         assert words in text
 
 

@@ -42,7 +42,7 @@ def run_in(out: Path, steps: int = 8, evaluate: Callable[[], float] | str | None
     newest, _ = checkpoints.newest()
     return Run(
         config=config,
-        plan=Plan(steps, math.ceil(len(ROWS) / config.batch_size), 0),
+        plan=Plan(steps, math.ceil(len(ROWS) / config.batch_size)),
         model=base.model,
         head=base.head,
         rows=ROWS,

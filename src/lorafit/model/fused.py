@@ -7,6 +7,7 @@ does not do. Nothing of transformers is patched; a family that is not in the tab
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class FusedLayer(nn.Module):
     """A decoder layer of transformers with the same children, computed by `Layer` where no cache is involved."""
 
     gradient_checkpointing = False  # as transformers names it: keep the input alone
+    turn: Callable[[int], None] | None = None  # what model/paging.py does as the layer's turn comes, on the way 1 or -1
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -96,6 +98,8 @@ class FusedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Tensor:
         """hidden_states (B, L, H); of the rest, position_embeddings and documents are taken, others not needed."""
+        if self.turn is not None:
+            self.turn(1)
         angles = named.get("position_embeddings")
         cached = named.get("past_key_values") is not None
         if arguments or angles is None or cached or not self._fits(angles[0]):
@@ -128,14 +132,15 @@ class FusedLayer(nn.Module):
             and not any(_is_hooked(module) for child in self.children() for module in child.modules())
         )
 
-    def _layer(self, cos: Tensor | None, sin: Tensor | None, documents: tuple[int, ...], *ownership: bool) -> Layer:
+    def _layer(self, cos: Tensor | None, sin: Tensor | None, documents: tuple[int, ...], *owns: bool) -> Layer:
         attention, mlp = self.self_attn, self.mlp
         q, k, v, o = (getattr(attention, name) for name in ATTENTION)
         gate, up, down = (getattr(mlp, name) for name in MLP)
         if not self._rotates:
             cos = sin = None
         groups = Group([q, k, v]), Group([o]), Group([gate, up]), Group([down])
-        return Layer(*groups, self._norms(), self._shape, cos, sin, documents, *ownership)
+        pooled, chained = owns
+        return Layer(*groups, self._norms(), self._shape, cos, sin, documents, pooled, chained, self.turn)
 
     def _norms(self) -> Norms:
         def norm(owner: Any, name: str) -> Norm | None:

@@ -13,7 +13,7 @@ Source: ours. Chen et al. 2016, arXiv:1604.06174, for checkpointing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,8 @@ class Layer:
     """Whether activations are written into buffers that go round: only where all of them are sure to be used up."""
     chained: bool
     """Whether y and dx are such buffers too: then nobody but the next layer may hold them."""
+    turn: Callable[[int], None] | None = None
+    """Called with -1 before the way back."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -306,6 +308,8 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         layer, kept = ctx.layer, used_up(ctx)
+        if layer.turn is not None:
+            layer.turn(-1)
         dx, grads = layer.backward(dy.contiguous(), kept, ctx.needs_input_grad[0])
         return (dx, None, None, *grads)
 

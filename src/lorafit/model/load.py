@@ -33,7 +33,7 @@ from lorafit.frozen.packed import PackedWeight, quantise
 from lorafit.frozen.stack import FrozenStack
 from lorafit.frozen.weight import FrozenWeight
 from lorafit.kernels import native, ops
-from lorafit.model import attention
+from lorafit.model import attention, paging
 from lorafit.model.architectures import IMAGE_TEXT, WRAPPERS
 from lorafit.model.experts import Experts, RoutedBlock, is_experts, kind_of
 from lorafit.model.fused import FusedLayer, fuse
@@ -66,16 +66,20 @@ def context_of(source: WeightSource) -> int:
     return int(configuration(source).max_position_embeddings)
 
 
-def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute: str) -> Base:
+def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute: str, *, paged: bool = False) -> Base:
     """The model of `source` with frozen weights, in eval mode.
 
     base: how weights are stored: `packed` (as the file has them), `nf4`, `int8`, `bf16` or `fp32`. compute: what
-    products run in, `bf16` or `fp32`. Raises ModelError (or Faults) for anything that does not fit.
+    products run in, `bf16` or `fp32`. paged: mapped layers are dropped behind (model/paging.py). Raises ModelError (or Faults) for anything that does not fit.
     """
     if base == "packed" and not source.packs:
         remedy = "give nf4 or int8, or a GGUF file"
         raise ConfigError("--base", f"packed, and {source.place} holds no packed weights", remedy)
-    model = build(source, base, DTYPES[compute])
+    if paged and not (base == "packed" and source.mapping):
+        raise ConfigError("--paging", f"on, and {source.place} is no packed GGUF file", "leave it to lorafit: auto")
+    model = build(source, base, DTYPES[compute], paged)
+    if paged:
+        paging.page(model, source.mapping)
     if native.library() is None:
         console.warn(f"attention, norms and packed weights run in plain torch, which is slow ({native.describe()[1]})")
     rows = head_of(model).weight.out_features
@@ -100,7 +104,7 @@ def _kept(model: nn.Module) -> list[str]:
     return found
 
 
-def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedModel:
+def build(source: WeightSource, base: str, compute: torch.dtype, paged: bool = False) -> PreTrainedModel:
     """The frozen model of a source, streaming: one tensor above the result at most."""
     model = empty(source, compute)
     config = model.config
@@ -133,6 +137,8 @@ def build(source: WeightSource, base: str, compute: torch.dtype) -> PreTrainedMo
             if name in source.shapes:  # Gemma 4's layer scalars, DeepSeek's correction of its router, added in fp32
                 exact = name.endswith("e_score_correction_bias")
                 module._buffers[name.rpartition(".")[2]] = source.load(name).to(torch.float32 if exact else compute)
+        if paged:
+            paging.drop(model.get_submodule(path), source.mapping)  # it was read to be checked
     for path, module in list(model.named_modules()):
         if type(module).__name__ == "Llama4TextMoe":
             _replace(model, path, RoutedBlock(module))
@@ -236,9 +242,12 @@ def _weight(
         values = source.load(name)
         return (values.transpose(1, 2) if transposed else values).reshape(-1, values.shape[1 if transposed else -1])
 
-    if base in DTYPES:
-        return DenseWeight(load().to(DTYPES[base]), source.format(name))
     stored = source.stored(name)
+    if base in DTYPES:
+        values = load().to(DTYPES[base])
+        if stored is not None:
+            paging.drop(stored.data, source.mapping)  # it is not needed again
+        return DenseWeight(values, source.format(name))
     if stored is not None and (base in ("packed", KEPT) or stored.format == base.upper()):
         row = ops.first_bad_row(stored)
         if row is not None:
@@ -255,6 +264,8 @@ def _weight(
         found = quantise(values, base) if base in QUANTISED else None
     except ValueError as error:
         raise ModelError(f"{source.place}: {name}", str(error), "the file is damaged; download it again") from None
+    if stored is not None:
+        paging.drop(stored.data, source.mapping)  # it is not needed again
     return found or DenseWeight(values if values.element_size() == 2 else values.bfloat16(), source.format(name))
 
 

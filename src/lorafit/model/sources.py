@@ -41,6 +41,8 @@ class WeightSource(ABC):
     stacks: dict[str, Stack]
     """The 3-D parameters that the file has in several tensors, or with their rows first; `shapes` has them whole, in
     transformers' shape where the file tells it, else (E, O, I)."""
+    mapping: tuple[int, int] | None = None
+    """First and last address of the read-only mapping that they are parts of: dropped pages of it come back."""
 
     def stored(self, name: str) -> Stored | None:
         """The matrix as it lies in the file, for operators that read it there; None where only `load` can give it."""
@@ -142,6 +144,8 @@ class GgufSource(WeightSource):
         self.stacks = gguf_experts.stacks_of(self._gguf, self._entries)
         self.shapes = gguf_experts.shapes_of(self._gguf, self._entries, self.stacks)
         self.packs = True
+        starts = [(tensor.data.ctypes.data, tensor.nbytes) for tensor in self._gguf.tensors.values()]
+        self.mapping = min(starts)[0], max(start + size for start, size in starts)
         self.quantised = any(tensor.type.elements > 1 for tensor in self._gguf.tensors.values())
 
     def stored(self, name: str) -> Stored | None:

@@ -15,7 +15,7 @@ from torch import nn
 from lorafit import machine
 from lorafit.adapter.attach import adapted_layers
 from lorafit.config import TrainConfig
-from lorafit.data.batch import Tokens, pack_rows
+from lorafit.data.batch import Tokens, cut, pack_rows
 from lorafit.data.order import order
 from lorafit.errors import Interrupted, NonFiniteError
 from lorafit.model.head import Head
@@ -30,11 +30,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from settings and data: the run's length in optimizer steps, and the layers computed twice."""
+    """What follows from settings and data: the run's length in optimizer steps."""
 
     steps: int
     steps_per_epoch: int
-    checkpointed_layers: int
 
 
 @dataclass
@@ -62,6 +61,8 @@ class Run:
     evaluate: Callable[[], float] | None
     report: Callable[[dict[str, object]], None]
     memory: Callable[[], int]
+    lower: Callable[[int], TrainConfig | None] = lambda step: None
+    """Called before step 1 (with 0) and after each step: settings that need less memory, None to go on as it is."""
     stop: StopRequest = field(default_factory=StopRequest)
     save_seconds: float = 0.0
 
@@ -96,13 +97,14 @@ def fit(run: Run, start: Checkpoint | None) -> Progress:
             for name, parameter in named.items():
                 parameter.copy_(start.adapter[name])
         load_optimizer_tensors(optimizer, named, start.optimizer)
-    config = run.config
     run.model.train()
+    run.config = run.lower(0) or run.config
     while progress.step < run.plan.steps and not progress.finished:
         step = progress.step + 1
         _train_step(run, optimizer, named, step)
+        run.config = run.lower(step) or run.config
         progress = dataclasses.replace(progress, step=step)
-        last = step == run.plan.steps
+        config, last = run.config, step == run.plan.steps
         if run.evaluate is not None and (last or step % _set(config.eval_every) == 0):
             progress = _evaluate(run, run.evaluate, progress)
         if run.evaluate is None:  # then the newest counts as the best
@@ -127,7 +129,7 @@ def _train_step(run: Run, optimizer: torch.optim.Optimizer, named: dict[str, nn.
     lr = lr_at(step, plan.steps, _set(config.lr), config.schedule, config.warmup)
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate(
-        run.model, run.head, packs, seed=config.seed, step=step, checkpointed=plan.checkpointed_layers
+        run.model, run.head, packs, seed=config.seed, step=step, checkpointed=config.checkpointed_layers or 0
     )  # fmt: skip
     norm = clip_gradient(named.values(), config.clip_norm)
     state = optimizer_tensors(optimizer, named)
@@ -151,6 +153,30 @@ def _train_step(run: Run, optimizer: torch.optim.Optimizer, named: dict[str, nn.
     }
     run.metrics.add(**line)
     run.report(line)
+
+
+def rehearse(run: Run, steps: int) -> None:
+    """The largest pack of the first `steps` steps there and back, without a change to any weight or bit of the run."""
+    config = run.config
+    numbered = [
+        (pack_tokens, step, members)
+        for step in range(1, steps + 1)
+        for pack_tokens, members in _packs_of(run, step_rows(config.seed, step, len(run.rows), _set(config.batch_size)))
+    ]
+    _, step, members = max(numbered)
+    packs = pack_rows(run.rows, members, sum(len(run.rows[n].ids) for n in members))
+    run.model.train()
+    accumulate(
+        run.model, run.head, packs, seed=config.seed, step=step, checkpointed=config.checkpointed_layers or 0
+    )  # fmt: skip
+    run.model.zero_grad(set_to_none=True)
+
+
+def _packs_of(run: Run, numbers: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """(tokens, row numbers) of each pack."""
+    lengths = {n: len(run.rows[n].ids) for n in numbers}
+    packs = cut(lengths, _set(run.config.micro_batch_tokens), run.config.packing == "auto")
+    return [(sum(lengths[n] for n in members), members) for members in packs]
 
 
 def _evaluate(run: Run, evaluate: Callable[[], float], progress: Progress) -> Progress:

@@ -1,0 +1,57 @@
+"""A mapped base that is larger than memory: layers are read ahead, and dropped behind.
+
+The pages of a mapping are the system's to keep or not. Left to itself it keeps what was read last, which for a walk
+over all layers, there and back, is what is needed last; and a process in a container is charged for all of it. So each
+layer, as its turn comes, asks for the pages of the next one and gives those of the one before back. No bit changes.
+
+Source: ours; madvise(2), MADV_WILLNEED and MADV_DONTNEED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import chain
+
+from torch import Tensor, nn
+
+from lorafit import machine
+from lorafit.model.fused import FusedLayer
+
+
+def page(model: nn.Module, mapping: tuple[int, int] | None) -> int:
+    """Have every layer of ours drop the one behind it and call the one before it; the number of layers that do.
+
+    mapping: the first and last address of the mapped file.
+    """
+    layers = list(model.get_decoder().layers)  # type: ignore[operator]
+    spans = [[(tensor.data_ptr(), tensor.nbytes) for tensor in _mapped(layer, mapping)] for layer in layers]
+
+    def turn(index: int, way: int) -> None:
+        for place, wanted in ((index + way, True), (index - way, False)):
+            if 0 <= place < len(spans):
+                for start, size in spans[place]:
+                    machine.advise(start, size, wanted)
+
+    for index, layer in enumerate(layers):
+        if isinstance(layer, FusedLayer):
+            layer.turn = partial(turn, index)
+    return sum(isinstance(layer, FusedLayer) for layer in layers)
+
+
+def drop(held: nn.Module | Tensor, mapping: tuple[int, int] | None) -> None:
+    """Give the pages of a mapped tensor, or of a module's, back; they are read again when they are needed."""
+    for tensor in _inside([held], mapping) if isinstance(held, Tensor) else _mapped(held, mapping):
+        machine.advise(tensor.data_ptr(), tensor.nbytes, wanted=False)
+
+
+def _mapped(module: nn.Module, mapping: tuple[int, int] | None) -> Iterator[Tensor]:
+    """The tensors of a module that lie in the mapped file."""
+    return _inside(chain(module.parameters(), module.buffers()), mapping)
+
+
+def _inside(tensors: Iterable[Tensor], mapping: tuple[int, int] | None) -> Iterator[Tensor]:
+    """Those whose values are in the mapping: of any others the values would be lost."""
+    if mapping is not None:
+        start, stop = mapping
+        yield from (t for t in tensors if start <= t.data_ptr() and t.data_ptr() + t.nbytes <= stop)

@@ -1,0 +1,226 @@
+"""Seconds of a run, from measured operations (speeds.py) and the token counts of its real packs.
+
+    pack  = T (layers' products + what stands between + attention at the rows' length) + N head
+            + for each layer computed twice, its way there once more
+            + the file at the disk's speed, there and back, where a base is paged
+            + unpacking, on each way through a layer, and what a layer costs however few its tokens
+    step  = its packs + clipping and AdamW over P
+    run   = what has passed + loading + steps + evaluations + saves + report
+
+The first steps refine it: what is left is scaled by what they took and what was predicted of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from lorafit.planning.memory import DTYPE_BYTES, Use, parameters, stored
+from lorafit.planning.outline import DOWN, OUT, Layer, Outline
+from lorafit.planning.speeds import Speeds
+
+ADAM = 1.6e-9  # seconds a parameter of clipping, checking and AdamW: five passes over 16 bytes (measured)
+SAVED_BYTES = 16  # of a parameter in a checkpoint, adapter and moments, and copied to be hashed
+DISK = 3e8  # bytes a second that are written, synced and hashed (measured; a slow disk has less)
+FIXED_SAVE = 0.05  # seconds
+DECODED = 64  # tokens of each sample in the report
+SAMPLES = 2  # times that they are made: base and adapter
+DECODE_LAYER = 0.8e-3  # seconds of calls in a layer for one more token (measured)
+LOAD = 0.4  # seconds to build a model however small it is (measured)
+REPORT = 0.3  # seconds: fingerprint, adapter, pages
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What a pack's time follows from: its tokens, trained ones, and the tokens of its mean row, weighed by tokens."""
+
+    tokens: int
+    trained: int
+    length: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a run does, in numbers."""
+
+    steps: Sequence[Sequence[Pack]]
+    """Packs of each optimizer step; of a long run, of the first ones, that stand for all."""
+    count: int
+    """Optimizer steps."""
+    evaluation: Sequence[Pack] = ()
+    evaluations: int = 0
+    saves: int = 0
+    samples: int = 0
+
+
+@dataclass
+class Clock:
+    """The model of time for one model, its settings and this machine."""
+
+    model: Outline
+    use: Use
+    speeds: Speeds
+    _layers: dict[tuple[int, int], tuple[float, float, float]] = field(default_factory=dict)
+
+    def pack(self, pack: Pack, trains: bool = True) -> float:
+        """Seconds of one pack; trains: with the way back."""
+        total = pack.trained * self._head() * (1.0 if trains else 0.55)
+        for index, layer in enumerate(self.model.layers):
+            there, back, fixed = self._layer(layer, pack.length)
+            again = there if index < self.use.checkpointed else 0.0
+            passes = (3.0 if again else 2.0) if trains else 1.0
+            total += pack.tokens * (there + (back + again if trains else 0.0)) + fixed * passes / 2
+        return total + self._unpack_head(pack, trains) + self._read(trains)
+
+    def step(self, packs: Sequence[Pack]) -> float:
+        """Seconds of one optimizer step."""
+        return sum(map(self.pack, packs)) + ADAM * parameters(self.model, self.use)
+
+    def steps(self, work: Work) -> float:
+        """Seconds of all steps; a long run's first ones stand for the others."""
+        return sum(map(self.step, work.steps)) / max(1, len(work.steps)) * work.count
+
+    def evaluation(self, work: Work) -> float:
+        """Seconds of one evaluation."""
+        return sum(self.pack(pack, trains=False) for pack in work.evaluation)
+
+    def save(self) -> float:
+        """Seconds of one checkpoint."""
+        return FIXED_SAVE + SAVED_BYTES * parameters(self.model, self.use) / DISK
+
+    def load(self) -> float:
+        """Seconds to build the model and store its weights as --base says."""
+        total = LOAD
+        for matrix in self.model.matrices:
+            private, _ = stored(matrix, self.use.base, self.model, self.use.base)
+            if private:
+                total += matrix.weights * 1.2e-9  # read and written once
+                total += matrix.weights * self.speeds.unpack(matrix.format) if self.model.quantised else 0.0
+                total += matrix.weights * self.speeds.quantise(self.use.base) if self.use.base in ("nf4", "int8") else 0
+        return total
+
+    def samples(self, work: Work) -> float:
+        """Seconds of the report's answers."""
+        if not work.samples:
+            return 0.0
+        read = sum(m.weights * m.active / m.experts for m in self.model.matrices)
+        one = len(self.model.layers) * DECODE_LAYER + read * self.speeds.unpack("Q8_0")
+        return SAMPLES * DECODED * one
+
+    def whole(self, work: Work) -> float:
+        """Seconds from here to the end of the command: nothing is loaded yet."""
+        return (
+            self.load()
+            + self.steps(work)
+            + (work.evaluations + 2) * self.evaluation(work)  # the report measures base and adapter once more
+            + work.saves * self.save()
+            + self.samples(work)
+            + REPORT
+        )
+
+    def _layer(self, layer: Layer, length: float) -> tuple[float, float, float]:
+        """(seconds a token there, back, seconds however few) of one layer; equal layers are worked out once."""
+        seen = min(length, 2 * layer.window) if layer.window else length
+        key = self._alike[layer.matrices[0].path], round(seen / 8)
+        if key not in self._layers:
+            self._layers[key] = self._measured(layer, seen)
+        return self._layers[key]
+
+    @cached_property
+    def _alike(self) -> dict[str, int]:
+        """A number for each layer, by its first matrix: the same for layers of equal shapes and formats."""
+        kinds: dict[object, int] = {}
+        found = {}
+        for layer in self.model.layers:
+            kind = tuple((m.rows, m.columns, m.active, m.format, m.path in self._adapted) for m in layer.matrices)
+            found[layer.matrices[0].path] = kinds.setdefault((kind, layer.window), len(kinds))
+        return found
+
+    @cached_property
+    def _adapted(self) -> set[str]:
+        return {matrix.path for matrix in self.model.adapted(self.use.targets)}
+
+    def _measured(self, layer: Layer, length: float) -> tuple[float, float, float]:
+        adapted = self._adapted
+        there = back = fixed = 0.0
+        for rows, columns, ranks, active in _products(layer, adapted, self.use.rank):
+            there += active * self.speeds.product(rows, columns, ranks, backward=False)
+            back += active * self.speeds.product(rows, columns, ranks, backward=True)
+        shape = layer.heads, layer.key_heads, layer.dim
+        widths = self.model.hidden, layer.inner, layer.query, layer.keys
+        there += self.speeds.attention(*shape, length, False) + self.speeds.between(*widths, False)
+        back += self.speeds.attention(*shape, length, True) + self.speeds.between(*widths, True)
+        fixed += self.speeds.overhead(self.use.rank if adapted else 0)
+        for matrix in layer.matrices:
+            form = self._form(matrix.format, matrix.columns)
+            fixed += 2 * matrix.weights * self.speeds.unpack(form) if form else 0.0
+        return there, back, fixed
+
+    def _form(self, form: str, columns: int) -> str | None:
+        """The format that a layer's matrix is unpacked from just before its product; None: it is not."""
+        base = self.use.base
+        if base in DTYPE_BYTES:
+            return None if base == self.use.compute else {"bf16": "BF16", "fp32": "F32"}[base]
+        if base == "packed":
+            return form
+        return base.upper() if base == "int8" or columns % 64 == 0 else None
+
+    def _head(self) -> float:
+        return self.speeds.head(self.model.hidden, self.model.vocabulary)
+
+    def _read(self, trains: bool) -> float:
+        """A paged base is read from its file on the way there and on the way back."""
+        if not self.use.paged or self.model.place is None:
+            return 0.0
+        layers = sum(matrix.file_bytes for layer in self.model.layers for matrix in layer.matrices)
+        return (2 if trains else 1) * layers * self.speeds.disk(self.model.place)
+
+    def _unpack_head(self, pack: Pack, trains: bool) -> float:
+        head = self.model.output
+        if self.use.base in DTYPE_BYTES or not self.model.quantised:
+            return 0.0
+        chunks = -(-pack.trained // self.use.chunk)
+        return chunks * (2 if trains else 1) * head.weights * self.speeds.unpack(head.format)
+
+
+def _products(layer: Layer, adapted: set[str], rank: int) -> list[tuple[int, int, int, int]]:
+    """(rows, columns, ranks together, experts a token passes) of a layer's products; those over one input are one."""
+    groups: dict[tuple[str, int, int], list[int]] = {}
+    for m in layer.matrices:
+        alone = m.name if m.name in (*DOWN, *OUT) else m.path.rpartition(".")[0]
+        rows_ranks = groups.setdefault((alone, m.columns, m.active), [0, 0])
+        rows_ranks[0] += m.rows
+        rows_ranks[1] += rank if m.path in adapted else 0
+    return [(rows, columns, ranks, active) for (_, columns, active), (rows, ranks) in groups.items()]
+
+
+class Remaining:
+    """What is left of a run, corrected by what its steps have taken so far."""
+
+    def __init__(self, predicted: Sequence[float], count: int, others: float) -> None:
+        """predicted: seconds of the first steps, that stand for all `count`; others: of evaluations and saves."""
+        self._predicted, self._count, self._others = list(predicted) or [1.0], count, others
+        self._ratios: list[tuple[float, float]] = []
+
+    def seconds(self, step: int) -> float:
+        """Seconds from the end of `step` (from 1) to the last one."""
+        ratio = self.ratio
+        mean = sum(self._predicted) / len(self._predicted)
+        ahead = sum(self._predicted[step:]) if step < len(self._predicted) else 0.0
+        ahead += mean * max(0, self._count - max(step, len(self._predicted)))
+        return ratio * (ahead + self._others * (self._count - step) / max(1, self._count))
+
+    @property
+    def ratio(self) -> float:
+        """Seconds that steps took, over those that were predicted of them; 1 before there are any."""
+        took, said = (sum(column) for column in zip(*self._ratios, strict=True)) if self._ratios else (1.0, 1.0)
+        return took / said if said else 1.0
+
+    def took(self, step: int, seconds: float) -> None:
+        """The measured seconds of `step`; the first warms up and does not count once there are others."""
+        mean = sum(self._predicted) / len(self._predicted)
+        said = self._predicted[step - 1] if step <= len(self._predicted) else mean
+        if len(self._ratios) == 1 and step == 2:
+            self._ratios.clear()
+        self._ratios = [*self._ratios[-19:], (seconds, said)]

@@ -1,0 +1,292 @@
+"""Seconds of the few operations that a step is made of, measured on this machine once and kept.
+
+    LORAFIT_CACHE/speeds/KEY.json    {operation: seconds}; KEY names processor, threads, kernels and versions
+
+Each is run at the model's own widths on a few thousand numbers, at most `WEIGHTS` weights and `WORK` operations, the
+best of `TIMES`: a third of a second for SmolLM2, about one for an 8B model, and nothing when it is known. No bit of a
+run follows from them, but for settings that `--memory` chooses, which are in run.yaml before step 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit import machine
+from lorafit.adapter.dropout import PlacedDropout
+from lorafit.adapter.group import Group
+from lorafit.adapter.lora import LoraAdapter, LoraLinear
+from lorafit.data.cache import folder_of
+from lorafit.frozen.dense import DenseWeight
+from lorafit.frozen.linear import FrozenLinear
+from lorafit.kernels import BLOCK_TYPES, native, ops
+from lorafit.kernels import layer as parts
+from lorafit.kernels.attention import Rules, attend, attend_backward
+from lorafit.kernels.layer import entropy
+
+TIMES = 3
+WEIGHTS = 1 << 22  # of a product that is measured; wider ones are taken as so many times as long
+WORK = 3 * 10**9  # multiplications of one measured call at most
+TOKENS = 512  # at which products are measured
+LENGTHS = 64, 512  # of documents, between and beyond which attention's time per token is a straight line
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Speeds:
+    """Seconds by operation: those known for this machine, others measured when asked for."""
+
+    def __init__(self, threads: int, compute: str) -> None:
+        self.dtype, self.compute = DTYPES[compute], compute
+        self._file = _file(threads)
+        self._known = _read(self._file)
+        self._threads = threads
+        self._new = False
+
+    def of(self, name: str, measure: Callable[[], float]) -> float:
+        """The seconds kept under this name (with the compute dtype), or measured now."""
+        key = f"{name} {self.compute}"
+        if key not in self._known:
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+            self._known[key], self._new = measure(), True
+            torch.set_num_threads(before)
+        return self._known[key]
+
+    def keep(self) -> None:
+        """Write what was measured, where a disk takes it."""
+        if self._file is None or not self._new:
+            return
+        with suppress(OSError):
+            self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary = self._file.with_name(f".tmp-{os.getpid()}-{self._file.name}")
+            temporary.write_text(json.dumps(self._known, indent=1, sort_keys=True))
+            temporary.replace(self._file)
+        self._new = False
+
+    def forget(self) -> None:
+        """Measure anew next time: the machine was busy when these were taken."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    def product(self, rows: int, columns: int, rank: int, backward: bool) -> float:
+        """Seconds a token of y = x W^T with its adapter (rank 0: none), or of the way back."""
+        tall = max(1, min(rows, WEIGHTS // columns))
+        tokens = max(32, min(TOKENS, WORK // (tall * columns)))
+        way = "back" if backward else "there"
+        seconds = self.of(
+            f"product {way} {tall}x{columns} r{rank} t{tokens}",
+            lambda: _product(tall, columns, rank, tokens, self.dtype, backward),
+        )
+        return seconds / tokens * rows / tall
+
+    def attention(self, heads: int, keys: int, dim: int, length: float, backward: bool) -> float:
+        """Seconds a token within documents of this length."""
+        way = "back" if backward else "there"
+        short, long = (
+            self.of(
+                f"attention {way} {heads}/{keys}x{dim} l{n}",
+                lambda n=n: _attention(heads, keys, dim, n, self.dtype, backward),  # type: ignore[misc]
+            )
+            / max(LENGTHS)
+            for n in LENGTHS
+        )
+        slope = max(0.0, long - short) / (LENGTHS[1] - LENGTHS[0])
+        return max(0.2 * short, short + slope * (length - LENGTHS[0]))
+
+    def between(self, hidden: int, inner: int, query: int, keys: int, backward: bool) -> float:
+        """Seconds a token of what stands between a layer's products: norms, rotations, the gate."""
+        way = "back" if backward else "there"
+        name = f"between {way} {hidden} {inner} {query} {keys}"
+        return self.of(name, lambda: _between(hidden, inner, query, keys, self.dtype, backward)) / TOKENS
+
+    def unpack(self, form: str) -> float:
+        """Seconds a weight to unpack from this format."""
+        return self.of(f"unpack {form}", lambda: _unpack(form, self.dtype)) / (1 << 21)
+
+    def quantise(self, form: str) -> float:
+        """Seconds a weight to quantise to `nf4` or `int8`."""
+        return self.of(f"quantise {form}", lambda: _quantise(form)) / (1 << 18)
+
+    def head(self, hidden: int, vocabulary: int) -> float:
+        """Seconds a trained token of logits, loss and its gradient."""
+        wide = max(1, min(vocabulary, WEIGHTS // hidden))
+        tokens = max(32, min(TOKENS, WORK // (2 * wide * hidden)))
+        seconds = self.of(f"head {wide}x{hidden} t{tokens}", lambda: _head(hidden, wide, tokens, self.dtype))
+        return seconds / tokens * vocabulary / wide
+
+    def disk(self, file: str) -> float:
+        """Seconds a byte of a file that is not in the page cache."""
+        return self.of("disk", lambda: _disk(file))
+
+    def overhead(self, rank: int) -> float:
+        """Seconds that a layer takes there and back however few its tokens: calls, casts, small tensors."""
+        return self.of(f"overhead r{rank}", lambda: 4 * _overhead(rank, self.dtype))
+
+
+def _file(threads: int) -> Path | None:
+    about = [machine.processor()[0], sorted(machine.processor()[1]), threads, native.describe()[0], machine.versions()]
+    folder = folder_of("speeds")
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    return None if folder is None else folder / f"{key}.json"
+
+
+def _read(file: Path | None) -> dict[str, float]:
+    try:
+        found = json.loads(file.read_text()) if file else {}
+    except (OSError, ValueError):
+        return {}
+    good = isinstance(found, dict) and all(isinstance(s, float) and s >= 0 for s in found.values())
+    return found if good else {}
+
+
+def _best(work: Callable[[], Any]) -> float:
+    """The best of a few runs after one that is not counted."""
+    work()
+    times = []
+    for _ in range(TIMES):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _group(rows: int, columns: int, rank: int, dtype: torch.dtype) -> Group:
+    base = FrozenLinear(DenseWeight(torch.zeros(rows, columns, dtype=dtype)))
+    if rank == 0:
+        return Group([base])
+    adapter = LoraAdapter(columns, rows, rank, float(rank), PlacedDropout(0.0, "", None))
+    with torch.no_grad():
+        adapter.A.zero_()
+        adapter.B.zero_()
+    return Group([LoraLinear(base, adapter)])
+
+
+@torch.no_grad()
+def _product(rows: int, columns: int, rank: int, tokens: int, dtype: torch.dtype, backward: bool) -> float:
+    group = _group(rows, columns, rank, dtype)
+    x, y = torch.zeros(tokens, columns, dtype=dtype), torch.zeros(tokens, rows, dtype=dtype)
+    low = group.forward(x, y)
+    if not backward:
+        return _best(lambda: group.forward(x, y))
+
+    def back() -> None:
+        low_d = group.backward_low(y)
+        group.backward_adapters(y, low_d, x, low)
+        group.backward_input(y, low_d, x)
+
+    return _best(back)
+
+
+def _attention(heads: int, keys: int, dim: int, length: int, dtype: torch.dtype, backward: bool) -> float:
+    """Seconds of max(LENGTHS) tokens; of few heads, where there are many alike."""
+    share = heads // keys if heads % keys == 0 else 1
+    few = max(1, min(keys, 8))
+    q = torch.zeros(max(LENGTHS), few * share, dim, dtype=dtype)
+    k, v = (torch.zeros(max(LENGTHS), few, dim, dtype=dtype) for _ in range(2))
+    out, rules = torch.empty_like(q), Rules(dim**-0.5)
+    documents = list(range(0, max(LENGTHS) + 1, length))
+    lse = attend(q, k, v, documents, rules, out)
+    if not backward:
+        seconds = _best(lambda: attend(q, k, v, documents, rules, out))
+    else:
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        seconds = _best(lambda: attend_backward(out, q, k, v, out, lse, documents, rules, *grads))
+    return seconds * heads / (few * share)
+
+
+def _between(hidden: int, inner: int, query: int, keys: int, dtype: torch.dtype, backward: bool) -> float:
+    def numbers(width: int) -> Tensor:
+        return torch.zeros(TOKENS, width, dtype=dtype)
+
+    x, y, gate, up, turned = numbers(hidden), numbers(hidden), numbers(inner), numbers(inner), numbers(query + keys)
+    weight, scale = torch.ones(hidden), torch.ones(TOKENS)
+
+    def there() -> None:
+        for _ in range(2):
+            parts.norm(x, weight, 1e-6, y)
+        parts.gate(gate, up, "silu", gate)
+        turned.mul_(1.0)
+        x.add_(y)
+
+    def back() -> None:
+        for _ in range(2):
+            parts.norm_backward(y, x, weight, scale, onto_TH=x)
+            parts.norm(x, weight, 1e-6, y)
+        parts.gate_backward(gate, gate, up, "silu")
+        turned.mul_(1.0)
+        x.add_(y)
+
+    return _best(back if backward else there)
+
+
+def _unpack(form: str, dtype: torch.dtype) -> float:
+    rows, columns = 512, 4096
+    if form in ("NF4", "INT8"):
+        values = torch.zeros(rows, columns)
+        stored = ops.quantise_nf4(values) if form == "NF4" else ops.quantise_int8(values)
+    else:
+        block = BLOCK_TYPES[form]
+        stored = ops.Stored(
+            form, columns, torch.zeros(rows, columns // block.elements * block.bytes, dtype=torch.uint8)
+        )
+    out = torch.empty(rows, columns, dtype=dtype)
+    return _best(lambda: ops.unpack(stored, 0, out))
+
+
+def _quantise(form: str) -> float:
+    values = torch.zeros(64, 4096)
+    return _best(lambda: ops.quantise_nf4(values) if form == "nf4" else ops.quantise_int8(values))
+
+
+@torch.no_grad()
+def _head(hidden: int, vocabulary: int, tokens: int, dtype: torch.dtype) -> float:
+    weight, x = torch.zeros(vocabulary, hidden, dtype=dtype), torch.zeros(tokens, hidden, dtype=dtype)
+    logits, targets = torch.zeros(tokens, vocabulary, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
+    gradient = torch.zeros(tokens, hidden)
+
+    def work() -> None:
+        torch.mm(x, weight.T, out=logits)
+        entropy(logits, targets, 1.0, None, True)
+        gradient.add_(logits @ weight)
+
+    return _best(work)
+
+
+def _disk(file: str) -> float:
+    """Of the last 64 MB, once the system was told to forget them."""
+    number = os.open(file, os.O_RDONLY)
+    try:
+        size = os.fstat(number).st_size
+        count = min(size, 1 << 26)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(number, size - count, count, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        os.pread(number, count, size - count)
+        return (time.perf_counter() - began) / count
+    finally:
+        os.close(number)
+
+
+def _overhead(rank: int, dtype: torch.dtype) -> float:
+    """One small group there and back; a layer has four."""
+    group, tokens = _group(64, 64, rank, dtype), 8
+    x, y = torch.zeros(tokens, 64, dtype=dtype), torch.zeros(tokens, 64, dtype=dtype)
+
+    @torch.no_grad()
+    def both() -> None:
+        group._cast.clear()
+        low = group.forward(x, y)
+        low_d = group.backward_low(y)
+        group.backward_adapters(y, low_d, x, low)
+        group.backward_input(y, low_d, x)
+
+    return _best(both)
