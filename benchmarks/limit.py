@@ -1,0 +1,94 @@
+"""A model of 8B's shape trained under a limit of memory that is smaller than its file, in a control group if one can be
+made.
+
+    python -m benchmarks.limit FILE [--layers 32] [--memory 4GB] [--steps 2] [--keep]
+
+FILE is written first (4.9 GB; random weights) and deleted at the end unless --keep; one that is there is used and left.
+Where no control group can be made, the child's RssAnon + RssFile are looked at every 50 ms. The prediction stands
+beside it, made before a weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from benchmarks import bigfile
+from benchmarks.common import arguments, heading, memory, publish, say, table
+from lorafit.config import bytes_of
+
+GROUP = Path("/sys/fs/cgroup") / f"lorafit-limit-{os.getpid()}"
+GB = 1e9
+
+
+def group(limit: int) -> Path | None:
+    """A control group with this limit, where one can be made."""
+    try:
+        GROUP.mkdir()
+        (GROUP / "memory.max").write_text(str(limit))
+        (GROUP / "memory.swap.max").write_text("0")
+    except OSError:
+        with suppress(OSError):
+            GROUP.rmdir()
+        return None
+    return GROUP
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--memory", default="4GB")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--keep", action="store_true")
+    options = parser.parse_args()
+    limit, written = bytes_of(options.memory), not options.file.exists()
+    if written:
+        say(f"writing {options.file}")
+        bigfile.write(options.file, bigfile.Shape(layers=options.layers), "q4_k_m")
+    size = options.file.stat().st_size
+    with tempfile.TemporaryDirectory() as name:
+        data, out = Path(name) / "rows.jsonl", Path(name) / "out"
+        text = "to be or not to be " * (options.length // 19 + 1)
+        data.write_text("".join(json.dumps({"text": f"{n} {text}"[: options.length - 2]}) + "\n" for n in range(4)))
+        command = [sys.executable, "-m", "lorafit", "train", str(options.file), str(data), "--out", str(out)]
+        command += ["--memory", options.memory, "--max-steps", str(options.steps), "--batch-size", "1"]
+        command += ["--eval-fraction", "0", "--threads", str(options.threads)]
+        inside, peaks = group(limit), dict.fromkeys(("RssAnon", "RssFile", "VmHWM", "both"), 0)
+
+        def enter() -> None:
+            if inside is not None:
+                (inside / "cgroup.procs").write_text(str(os.getpid()))
+
+        child = subprocess.Popen(command, preexec_fn=enter)
+        while child.poll() is None:
+            now = memory(child.pid, rollup=False)
+            now["both"] = now.get("RssAnon", 0) + now.get("RssFile", 0)
+            peaks = {field: max(value, now.get(field, 0)) for field, value in peaks.items()}
+            time.sleep(0.05)
+        if inside is not None:
+            inside.rmdir()
+        assert child.returncode == 0, f"ended with {child.returncode}"
+        report = json.loads((out / "report.json").read_text())
+    if written and not options.keep:
+        options.file.unlink()
+    predicted = report["predicted"]
+    row = [f"{limit / GB:.2f}", f"{size / GB:.2f}", "control group" if inside else "sampled",
+           *(f"{peaks[field] / GB:.2f}" for field in ("RssAnon", "RssFile", "both", "VmHWM")),
+           f"{predicted['memory_bytes'] / GB:.2f}", f"{report['tokens_per_second']}",
+           f"{report['seconds']:.0f}", f"{predicted['seconds']:.0f}"]  # fmt: skip
+    columns = ["limit, GB", "file, GB", "held by", "private, GB", "mapped, GB", "both at once", "VmHWM", "predicted",
+               "tokens/s", "seconds", "predicted"]  # fmt: skip
+    title = f"Llama of {options.layers} layers at 8B's width under a limit, rows of {options.length} tokens"
+    publish([heading(title, options.threads), table(columns, [row])], options.out)
+
+
+if __name__ == "__main__":
+    main()
