@@ -70,7 +70,8 @@ def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute
     """The model of `source` with frozen weights, in eval mode.
 
     base: how weights are stored: `packed` (as the file has them), `nf4`, `int8`, `bf16` or `fp32`. compute: what
-    products run in, `bf16` or `fp32`. paged: mapped layers are dropped behind (model/paging.py). Raises ModelError (or Faults) for anything that does not fit.
+    products run in, `bf16` or `fp32`. paged: mapped layers are dropped behind (model/paging.py). Raises ModelError (or
+    Faults) for anything that does not fit.
     """
     if base == "packed" and not source.packs:
         remedy = "give nf4 or int8, or a GGUF file"

@@ -134,8 +134,11 @@ class Outline:
 
     def adapted(self, targets: Sequence[str]) -> list[Matrix]:
         """The matrices that get an adapter, as `attach` chooses them. Raises ConfigError as it does."""
-        linear = {m.path: m for m in self.matrices if m is not self.embedding and not m.path.endswith(ROUTERS)}
-        return [linear[path] for path in choose(list(linear), targets)]
+        found = {m.path: m for m in self.matrices if m is not self.embedding}
+        experts = [path for path, m in found.items() if m.experts > 1]
+        choosing = [path for path in found if path.endswith(ROUTERS)]
+        linear = [path for path in found if path not in (*experts, *choosing)]
+        return [found[path] for path in choose(list(found), targets, linear, experts, choosing)]
 
 
 def of_source(source: WeightSource, config: Mapping[str, Any]) -> Outline:
