@@ -25,6 +25,7 @@ from lorafit.errors import ConfigError, Faults, LorafitError
 
 MAX_YAML_BYTES = 1 << 20
 TRACKERS = ("jsonl", "tensorboard", "wandb", "mlflow", "trackio")
+ADAPTER_ONLY = ("rank", "alpha", "dropout", "targets", "init_adapter")  # what means nothing with --method full
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ class TrainConfig:
     data: tuple[str, ...] = ()
     """Training data: .jsonl, .json, .csv or .txt files, or folders of them."""
     out: str = ""
-    """The run's folder: run.yaml, metrics.jsonl, checkpoints/, adapter/, report.html, report.json."""
+    """The run's folder: run.yaml, metrics.jsonl, checkpoints/, adapter/ (or model/), report.html, report.json."""
 
+    method: Literal["lora", "full"] = "lora"
+    """What is trained: an adapter (lora), or all weights of the model (full), which takes 16 bytes a weight."""
     rank: int = 16
     """Rank of the adapter: A is (rank, inputs), B is (outputs, rank). Higher learns more and costs little."""
     alpha: float = 32.0
@@ -61,7 +64,7 @@ class TrainConfig:
     """Processor threads. Default: the physical cores that this process may use."""
 
     lr: float | None = None
-    """Peak learning rate. Default: 10 x full fine-tuning's for the model's width; the output says the rule."""
+    """Peak learning rate. Default: full fine-tuning's for the model's width, 10 x that for LoRA, and said."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate goes on after warm-up: down to 0 (linear, cosine), or not (constant)."""
     warmup: float = 0.03

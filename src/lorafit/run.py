@@ -30,13 +30,13 @@ from lorafit.evaluate.heldout import held_out
 from lorafit.evaluate.report import finish_report
 from lorafit.formats.folders import file_hash, make_folder, write_text_atomically
 from lorafit.formats.tokenizer import TextTokenizer
-from lorafit.frozen.fingerprint import digest, fingerprint
+from lorafit.frozen.fingerprint import EXACT_FORMATS, digest, fingerprint
 from lorafit.inputs import read_rows, read_template
 from lorafit.kernels import native
 from lorafit.model import buffers
 from lorafit.model.head import decoder_of
 from lorafit.model.load import Base, bytes_by_format, configuration, context_of, load_base
-from lorafit.model.sources import open_source
+from lorafit.model.sources import WeightSource, open_source
 from lorafit.planning import predict
 from lorafit.planning.duration import Remaining
 from lorafit.planning.outline import of_source
@@ -45,8 +45,11 @@ from lorafit.settings import settle_for_data, settle_for_machine
 from lorafit.training.checkpoint import Checkpoints, Progress, single_writer
 from lorafit.training.loop import Plan, Run, StopRequest, fit, rehearse
 from lorafit.training.metrics import Metrics
+from lorafit.training.trained import train_everything
+from lorafit.tuned import disk_bytes, reopen, save_tuned
 
-OURS = ("run.yaml", "metrics.jsonl", "checkpoints", "adapter", "report.html", "report.json", ".lock", *trackers.FILES)
+MADE = ("adapter", "model")  # what a run is for: one of them
+OURS = ("run.yaml", "metrics.jsonl", "checkpoints", *MADE, "report.html", "report.json", ".lock", *trackers.FILES)
 MUCH_FASTER = 0.75  # of the predicted seconds: then the machine was busy when its speeds were measured
 ELASTIC = ("micro_batch_tokens", "checkpointing", "checkpointed_layers")  # what a lack of memory may lower
 PATHS = ("model", "data", "eval", "out", "template", "init_adapter")  # may move; what they hold may not change
@@ -55,10 +58,11 @@ ASIDE = (*PATHS, "report_to")  # settings that are no part of what a run is
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run gives: `adapter` is its folder, `report` is report.json."""
+    """What a finished run gives: `adapter` is its folder, or with method="full" `model`; `report` is report.json."""
 
-    adapter: Path
+    adapter: Path | None
     report: dict[str, Any]
+    model: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,12 @@ class Job:
     evaluation: list[TokenRow]
     identity: dict[str, Any]
     prediction: Prediction
+    source_formats: dict[str, int]
+    """Bytes of the model's file by format."""
 
 
 def train(resolved: Resolved, *, overwrite: bool = False, started: float | None = None) -> Result:
-    """Train an adapter; everything that can be wrong is found before OUT is touched.
+    """Train an adapter, or all weights; everything that can be wrong is found before OUT is touched.
 
     started: time.perf_counter() of the command's start, for the report. Raises LorafitError's family.
     """
@@ -113,8 +119,22 @@ def resume(out: Path, changes: dict[str, Any] | None = None, *, started: float |
         return _execute(job, out, started)
 
 
-def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
-    """From settings to a model with its adapter and token rows; nothing is written.
+@dataclass(frozen=True)
+class Input:
+    """What a run starts from, before the weights are loaded."""
+
+    resolved: Resolved
+    plan: Plan
+    source: WeightSource
+    tokenizer: TextTokenizer
+    data: Rows
+    training: list[TokenRow]
+    evaluation: list[TokenRow]
+    prediction: Prediction
+
+
+def read_input(resolved: Resolved, *, resumed: bool = False) -> Input:
+    """From settings to token rows, settled settings and what they will need; no weights are loaded.
 
     resumed: every setting is run.yaml's, and none is chosen again.
     """
@@ -142,21 +162,30 @@ def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
     seen = predict.Rows(training, evaluation)
     resolved, prediction = predict.settle(resolved, plan, of_source(source, shape), seen, before, resumed=resumed)
     if int(resolved.config.max_length or 0) < data.max_length:  # --shorten
-        return prepare(resolved, resumed=resumed)
-    paged = resolved.config.paging == "on"
-    base = load_base(source, tokenizer, resolved.config.base, resolved.config.compute, paged=paged)
-    base = replace(base, head=replace(base.head, chunk=int(resolved.config.loss_chunk or base.head.chunk)))
+        return read_input(resolved, resumed=resumed)
+    return Input(resolved, plan, source, tokenizer, data, training, evaluation, prediction)
+
+
+def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
+    """From settings to a model with its adapter and token rows; nothing is written. resumed: see `read_input`."""
+    read = read_input(resolved, resumed=resumed)
+    resolved, tokenizer, config = read.resolved, read.tokenizer, read.resolved.config
+    base = load_base(read.source, tokenizer, config.base, config.compute, paged=config.paging == "on")
+    base = replace(base, head=replace(base.head, chunk=int(config.loss_chunk or base.head.chunk)))
     machine.settle_allocator(keeps=base.fused < len(decoder_of(base.model).layers))
-    buffers.expect(max(int(resolved.config.micro_batch_tokens or 1), prediction.use.longest))  # one size, no holes
+    buffers.expect(max(int(config.micro_batch_tokens or 1), read.prediction.use.longest))  # one size, no holes
     base_digest = digest(fingerprint(base.model))
-    if config.init_adapter:
+    if config.method == "full":
+        train_everything(base.model)
+    elif config.init_adapter:
         _start_from(base, config)
     else:
         attach(
             base.model, config.rank, config.alpha, config.targets, dropout=config.dropout, seed=config.seed
         )  # fmt: skip
-    identity = _identity(resolved.config, base_digest, tokenizer)
-    return Job(resolved, plan, base, data, training, evaluation, identity, prediction)
+    identity = _identity(config, base_digest, tokenizer)
+    rows = read.data, read.training, read.evaluation
+    return Job(resolved, read.plan, base, *rows, identity, read.prediction, read.source.bytes_by_format())
 
 
 def _execute(job: Job, out: Path, started: float) -> Result:
@@ -269,12 +298,8 @@ def _tell(left: Remaining, bar: console.Steps, line: dict[str, Any]) -> None:
 
 
 def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float, predicted: dict[str, float]) -> Result:
-    """The best checkpoint's adapter into OUT/adapter, then the report."""
-    best = run.checkpoints.read(progress.best_step)
-    with torch.no_grad():
-        for path, layer in adapted_layers(job.base.model):
-            layer.adapter.A.copy_(best.adapter[f"{path}.A"])
-            layer.adapter.B.copy_(best.adapter[f"{path}.B"])
+    """The best checkpoint's adapter into OUT/adapter, or its weights into OUT/model, then the report."""
+    run.trained.load(run.checkpoints.read(progress.best_step, optimizer=False).adapter)
     about: dict[str, Any] = {"base_model": job.resolved.config.model}
     about |= {key: job.identity[key] for key in ("tokenizer", "template", "data")}
     about["figures"] = {"steps": progress.best_step}
@@ -282,11 +307,19 @@ def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float, p
         about["chat_template"] = job.base.tokenizer.chat_template
     if progress.best_loss is not None:
         about["figures"]["held-out loss"] = f"{progress.best_loss:.4f}"
-    save_adapter(job.base.model, out / "adapter", about)
+    tuned = None
+    if job.resolved.config.method == "full":
+        about["base"] = job.identity["base"]
+        save_tuned(job.base, run.trained, job.training, job.resolved.config, out / "model", about)
+        tuned = reopen(out / "model", job.resolved.config)
+    else:
+        save_adapter(job.base.model, out / "adapter", about)
     report = finish_report(
         out,
         resolved=job.resolved,
-        base=job.base,
+        base=job.base if tuned is None else reopen(job.resolved.config.model, job.resolved.config),
+        tuned=tuned,
+        trainable=sum(parameter.numel() for parameter in run.trained.parameters.values()),
         data=job.data,
         evaluation=job.evaluation,
         budget=int(run.config.micro_batch_tokens or 1),
@@ -295,6 +328,8 @@ def _finish(job: Job, run: Run, progress: Progress, out: Path, started: float, p
         started=started,
     )
     _farewell(out, report)
+    if tuned is not None:
+        return Result(None, report, out / "model")
     return Result(out / "adapter", report)
 
 
@@ -402,14 +437,18 @@ def _signals(stop: StopRequest) -> Iterator[None]:
 def _describe(job: Job) -> None:
     """What is about to happen, and every value that was chosen rather than given."""
     config, counts = job.resolved.config, job.data.counts
-    layers = list(adapted_layers(job.base.model))
-    trainable = sum(p.numel() for _, layer in layers for p in layer.adapter.parameters())
-    console.say(f"model     {config.model}: {job.base.model.config.model_type}, {len(layers)} layers adapted")
+    layers, full = list(adapted_layers(job.base.model)), config.method == "full"
+    trainable = sum(p.numel() for p in job.base.model.parameters() if p.requires_grad)
+    told = "all weights trained" if full else f"{len(layers)} layers adapted"
+    console.say(f"model     {config.model}: {job.base.model.config.model_type}, {told}")
     if job.base.part_of:
         console.say(f"          the text part of {job.base.part_of}: its vision tower is neither read nor trained")
     console.say(f"data      {counts['used']} rows, {counts['tokens']} tokens, "
                 f"{counts['trained_tokens']} trained; {len(job.evaluation)} rows held out")  # fmt: skip
-    console.say(f"adapter   rank {config.rank}, alpha {config.alpha:g}, {trainable:,} parameters")
+    if full:
+        _describe_full(trainable, job.source_formats, out=Path(config.out))
+    else:
+        console.say(f"adapter   rank {config.rank}, alpha {config.alpha:g}, {trainable:,} parameters")
     console.say(f"steps     {job.plan.steps} of {config.batch_size} rows")
     for name in ("lr", "base", "compute"):
         console.say(f"{name:<9} {getattr(config, name)}  ({job.resolved.origin.get(name, 'default')})")
@@ -436,6 +475,22 @@ def _describe(job: Job) -> None:
         console.warn("the model has no chat template: rows use the plain one of the documentation")
 
 
+def _describe_full(trainable: int, formats: dict[str, int], out: Path) -> None:
+    """What full fine-tuning takes: 16 bytes a weight in memory, and on disk at most four checkpoints at once."""
+    weights, state = console.gigabytes(4 * trainable), console.gigabytes(8 * trainable)
+    console.say(
+        f"trained   {trainable:,} parameters: {weights} in fp32, as much of gradients, {state} of AdamW's state"
+    )
+    packed = [name for name in formats if name not in EXACT_FORMATS]
+    if packed:
+        console.say(f"from      the values that the file's {', '.join(packed)} stand for: dequantised, then trained")
+    place = next(path for path in (out, *out.absolute().parents) if path.exists())
+    needed, free = disk_bytes(trainable), shutil.disk_usage(place).free
+    console.say(f"disk      {console.gigabytes(needed)} at most, for checkpoints and the model")
+    if free < needed:
+        console.warn(f"{out} has {console.gigabytes(free)} free: a save that does not fit stops the run")
+
+
 def _farewell(out: Path, report: dict[str, Any]) -> None:
     base, adapter = report["base_loss"], report["adapter_loss"]
     if adapter is not None:
@@ -447,5 +502,6 @@ def _farewell(out: Path, report: dict[str, Any]) -> None:
                 f"{console.gigabytes(predicted['memory_bytes'])} predicted")  # fmt: skip
     console.say(f"time      {console.duration(report['seconds'])} in all, "
                 f"{console.duration(predicted['seconds'])} predicted")  # fmt: skip
-    console.say(f"adapter   {out / 'adapter'}")
+    made = next(name for name in MADE if (out / name).is_dir())
+    console.say(f"{made:<9} {out / made}")
     console.say(f"report    {out / 'report.html'}")

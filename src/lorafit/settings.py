@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorafit import machine
-from lorafit.config import Resolved
+from lorafit.config import ADAPTER_ONLY, Resolved, TrainConfig
 from lorafit.data.batch import Tokens
+from lorafit.errors import ConfigError
 from lorafit.kernels import native
 from lorafit.model import architectures
 from lorafit.training.loop import Plan
@@ -19,13 +20,16 @@ SMALL_DATA = 500  # rows
 
 def settle_for_machine(resolved: Resolved, quantised: bool = False) -> Resolved:
     """Compute dtype, the base's storage and threads, from the processor's features and whether the model's file is
-    quantised."""
+    quantised. Raises ConfigError for what `_refuse_adapter_settings` does."""
+    _refuse_adapter_settings(resolved)
     config = resolved.config
     if config.compute == "auto":
         fast = machine.fast_bf16()
         why = "this processor has fast bf16 products" if fast else "this processor has no fast bf16 products"
         resolved = resolved.settle("compute", "bf16" if fast else "fp32", f"auto: {why}")
-    if config.base == "auto" and quantised:
+    if config.base == "auto" and config.method == "full":
+        resolved = resolved.settle("base", "fp32", "auto: masters, rounded as products take them")
+    elif config.base == "auto" and quantised:
         resolved = resolved.settle("base", "packed", "auto: the model's file is quantised")
     elif config.base == "auto":
         resolved = resolved.settle("base", resolved.config.compute, "auto: as compute")
@@ -34,6 +38,26 @@ def settle_for_machine(resolved: Resolved, quantised: bool = False) -> Resolved:
     if config.threads is None:
         resolved = resolved.settle("threads", machine.cores(), "auto: the cores that this process may use")
     return resolved
+
+
+def _refuse_adapter_settings(resolved: Resolved) -> None:
+    """Full fine-tuning has no adapter and no frozen base: settings of one that were given, or that a file changes, are
+    refused by name."""
+    config, origin = resolved.config, resolved.origin
+    if config.method != "full":
+        return
+    defaults = TrainConfig()
+    unfit = [
+        name for name in ADAPTER_ONLY if origin.get(name) == "given" or getattr(config, name) != getattr(defaults, name)
+    ]
+    if config.base not in ("auto", "fp32"):
+        unfit.append("base")
+    if unfit:
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in unfit)
+        what = (
+            f"trains all weights, in fp32; {named} {'is' if len(unfit) == 1 else 'are'} for adapters on a frozen base"
+        )
+        raise ConfigError("--method full", what, f"leave {'it' if len(unfit) == 1 else 'them'} out")
 
 
 def settle_for_data(
@@ -61,7 +85,7 @@ def settle_for_data(
     wanted = [] if config.epochs is None else [max(1, math.ceil(config.epochs * per_epoch))]
     steps = min(wanted + ([] if config.max_steps is None else [config.max_steps]))
     if config.lr is None:
-        lr, rule = auto_lr(str(model["model_type"]), int(model["hidden_size"]), steps)
+        lr, rule = auto_lr(str(model["model_type"]), int(model["hidden_size"]), steps, config.method)
         resolved = resolved.settle("lr", lr, f"auto: {rule}")
     if config.save_every is None:
         resolved = resolved.settle("save_every", max(1, math.ceil(steps / 10)), "auto: a tenth of the run")

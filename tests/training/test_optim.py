@@ -35,6 +35,14 @@ def test_auto_lr_is_the_published_rule(kind, width, steps, expected):
     assert "10 x full fine-tuning's" in rule
 
 
+@pytest.mark.parametrize(("width", "steps", "expected"), [(576, 1000, 1.32e-4), (576, 50, 1.32e-4), (256, 50, 2e-4)])
+def test_full_fine_tunings_rate_is_a_tenth(width, steps, expected):
+    """5e-5 x (2000 / width)^exponent whatever the length, never above 2e-4."""
+    lr, rule = auto_lr("llama", width, steps, "full")
+    assert math.isclose(lr, expected, rel_tol=5e-3)
+    assert rule.startswith("5e-5 x (2000 /")
+
+
 def test_warm_up_rises_to_the_peak_and_linear_falls_to_zero():
     """Ten steps, the first two of warm-up: half, full, then down by an eighth a step."""
     rates = [lr_at(step, 10, 1.0, "linear", 0.2) for step in range(1, 11)]

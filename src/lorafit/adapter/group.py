@@ -59,8 +59,9 @@ class Group:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """A and B of each adapter, in order."""
-        return [matrix for part in self.parts for matrix in (part.adapter.A, part.adapter.B)]
+        """A and B of each adapter, then each W and bias that is trained, in order."""
+        adapters = [matrix for part in self.parts for matrix in (part.adapter.A, part.adapter.B)]
+        return adapters + [parameter for base in self.bases for parameter in _trained(base)]
 
     def forward(self, x_TI: Tensor, y_TO: Tensor) -> Tensor:
         """Writes y (T, O) and gives h (T, R), R the ranks' sum; both in x's dtype."""
@@ -98,6 +99,18 @@ class Group:
             dA = dh_TR[:, part.low].T @ dropped(x_TI) if together is None else together[part.low]
             dB = grad_TO[:, part.columns].T @ h_TR[:, part.low]
             grads += [dA.float() * part.adapter.scale, dB.float()]
+        return grads
+
+    def backward_weights(self, grad_TO: Tensor, x_TI: Tensor) -> list[Tensor]:
+        """dW = dy^T x and db of each W and bias that is trained, in the order of `parameters`, fp32."""
+        grads: list[Tensor] = []
+        if not any(_trained(base) for base in self.bases):
+            return grads
+        together = grad_TO.T @ x_TI
+        for base, columns in zip(self.bases, self.columns, strict=True):
+            for parameter in _trained(base):
+                is_bias = parameter is base.bias
+                grads.append(grad_TO[:, columns].float().sum(0) if is_bias else together[columns].float())
         return grads
 
     @property
@@ -154,6 +167,11 @@ class Group:
         for weight, columns in zip(self.weights, self.columns, strict=True):
             weight.rows(0, weight.out_features, matrix_OI[columns])
         return matrix_OI
+
+
+def _trained(base: FrozenLinear) -> list[nn.Parameter]:
+    """The parameters of a layer that are trained (full fine-tuning)."""
+    return [p for p in (base.weight.master, base.bias) if p is not None and p.requires_grad]
 
 
 def stack(weights: Sequence[FrozenWeight]) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, uint8
 
 from lorafit.errors import Faults, LorafitError, ModelError
@@ -29,6 +28,8 @@ MAX_HEADER = 32 << 20  # bytes; a quarter of a million tensors fit
 MAX_DIMENSIONS, MAX_COUNT = 8, 1 << 63
 FLOATS = ("F32", "F16", "BF16")
 BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}  # of integers, quantised weights are made
+NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.uint8": "U8",
+         "torch.int8": "I8"}  # fmt: skip
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -117,13 +118,21 @@ def read_header(path: Path, error: type[LorafitError], dtypes: Collection[str] =
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write and sync a file that is the same, byte for byte, for the same tensors.
+    """Write and sync a file that is the same, byte for byte, for the same tensors; none is copied in memory.
 
-    With several metadata keys the library would write them in random order, so there is one. Raises OSError.
+    In the library's own order, wide dtypes first and then by name, with one metadata key. Raises OSError.
     """
-    data = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    names, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": NAMES[str(tensors[name].dtype)], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     with path.open("wb") as file:  # the library's own writing would leave mode 0600
-        file.write(data)
+        file.write((len(text) + -len(text) % 8).to_bytes(8, "little") + text + b" " * (-len(text) % 8))
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().view(-1).view(uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,4 +1,8 @@
-"""A frozen weight that is a plain matrix in bf16, fp16 or fp32."""
+"""A weight that is a plain matrix in bf16, fp16 or fp32; in full fine-tuning, fp32 and trained.
+
+A trained matrix is its own master copy: products take it rounded to their dtype, block by block in the scratch buffer,
+as they take a packed one, so that no second copy of the model exists.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,10 @@ class DenseWeight(FrozenWeight):
         self.format = _NAMES[str(weight_OI.dtype)]
         self.source_format = source_format or self.format.upper()
         self.matrix = nn.Parameter(weight_OI, requires_grad=False)
+
+    @property
+    def master(self) -> nn.Parameter | None:
+        return self.matrix if self.matrix.requires_grad else None
 
     @property
     def device(self) -> torch.device:

@@ -10,21 +10,24 @@ from torch import Tensor, nn
 from lorafit.frozen.weight import FrozenWeight
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """y = x W^T. Neither W nor x is saved: the gradient of x needs W alone, and W has no gradient."""
+class _Product(torch.autograd.Function):
+    """y = x W^T. W is never saved, and x only where W is trained: `master` is then what its gradient is of."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FrozenWeight) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, master: Tensor | None) -> Tensor:
+        ctx.weight, ctx.x = weight, None if master is None else x
         return weight(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.weight.backward_input(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        dx = ctx.weight.backward_input(grad) if ctx.needs_input_grad[0] else None
+        if ctx.x is None:
+            return dx, None, None
+        return dx, None, (grad.flatten(0, -2).T @ ctx.x.flatten(0, -2)).float()
 
 
 class FrozenLinear(nn.Module):
-    """y = x W^T + bias with everything frozen. x (..., in_features) -> (..., out_features)."""
+    """y = x W^T + bias, frozen unless the weight has a master. x (..., in_features) -> (..., out_features)."""
 
     def __init__(self, weight: FrozenWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class FrozenLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _FrozenProduct.apply(x, self.weight) if torch.is_grad_enabled() else self.weight(x)
+        y = _Product.apply(x, self.weight, self.weight.master) if torch.is_grad_enabled() else self.weight(x)
         return y if self.bias is None else y + self.bias
 
 

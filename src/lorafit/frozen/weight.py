@@ -32,6 +32,11 @@ class FrozenWeight(nn.Module, ABC):
     source_format: str
 
     @property
+    def master(self) -> nn.Parameter | None:
+        """The fp32 matrix (O, I) that the optimizer changes where this weight is trained, else None."""
+        return None
+
+    @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where its tensors are."""

@@ -46,6 +46,11 @@ def forget() -> None:
     _own.free.clear()
 
 
+def is_taken(tensor: Tensor) -> bool:
+    """Whether this is a buffer that somebody has to give back."""
+    return tensor.data_ptr() in _own.taken
+
+
 def taken() -> int:
     """How many buffers are taken."""
     return len(_own.taken)

@@ -20,7 +20,7 @@ from lorafit.kernels import layer as parts
 from lorafit.kernels.attention import Rules
 from lorafit.model.buffers import give
 from lorafit.model.head import decoder_of
-from lorafit.model.layer import Layer, LayerFunction, Norm, Norms, Shape, used_up
+from lorafit.model.layer import Layer, LayerFunction, Norm, Norms, Shape, norm_gradient, used_up
 
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # a configuration's name, and ours
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -180,11 +180,12 @@ class _NormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = used_up(ctx)
+        d_weight = norm_gradient(dy, x, scale) if ctx.needs_input_grad[1] else None
         dx = parts.norm_backward(dy.clone(memory_format=torch.contiguous_format), x, weight, scale)
         give(x)
-        return dx, None, None
+        return dx, d_weight, None
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -18,20 +18,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorafit.adapter.group import Group
 from lorafit.kernels import layer as parts
 from lorafit.kernels.attention import Rules, attend, attend_backward
-from lorafit.model.buffers import give, take
+from lorafit.model.buffers import give, is_taken, take
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Norm:
-    """An RMS norm: its weight as it multiplies, fp32 (H,)."""
+    """An RMS norm: its weight as it multiplies, fp32 (H,), which gets a gradient where it is trained."""
 
     weight: Tensor
     eps: float
+
+    @property
+    def trained(self) -> bool:
+        return self.weight.requires_grad
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class Norms:
     k: Norm | None = None
     after_attention: Norm | None = None
     after_mlp: Norm | None = None
+
+    @property
+    def trained(self) -> list[Norm]:
+        """Those that get a gradient, in a fixed order."""
+        every = (self.attention, self.mlp, self.q, self.k, self.after_attention, self.after_mlp)
+        return [norm for norm in every if norm is not None and norm.trained]
+
+
+NormGradients = dict[Norm, Tensor]
 
 
 @dataclass
@@ -129,9 +142,10 @@ class Layer:
     """Called with -1 before the way back."""
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The adapters', in the order in which `backward` gives their gradients."""
-        return [p for group in (self.qkv, self.o, self.gate_up, self.down) for p in group.parameters]
+    def parameters(self) -> list[Tensor]:
+        """The adapters', and the weights and norms that are trained, in the order of `backward`'s gradients."""
+        groups = [p for group in (self.qkv, self.o, self.gate_up, self.down) for p in group.parameters]
+        return [*groups, *(norm.weight for norm in self.norms.trained)]
 
     def forward(self, x: Tensor, keeps: bool) -> tuple[Tensor, Kept]:
         """x (T, H) -> y (T, H). keeps: whether more than x is kept."""
@@ -146,18 +160,19 @@ class Layer:
         return y, kept
 
     def backward(self, dy: Tensor, kept: Kept, wanted: bool) -> tuple[Tensor | None, list[Tensor]]:
-        """(dx if wanted, the adapters' gradients) from dy (T, H). Uses up what was kept."""
+        """(dx if wanted, the gradients of `parameters`) from dy (T, H). Uses up what was kept."""
+        of_norms: NormGradients = {}
         if kept.attention is None:
             delta, kept.attention = self._attention(kept.x)
             kept.x2, d, kept.mlp = self._mlp(kept.x, delta, whole=self.norms.after_mlp is not None)
             give(delta, d)
         assert kept.x2 is not None and kept.mlp is not None, "the two halves are kept together"  # noqa: PT018
-        dx2, mlp_grads = self._mlp_backward(dy, kept.x2, kept.mlp)
+        dx2, mlp_grads = self._mlp_backward(dy, kept.x2, kept.mlp, of_norms)
         kept.forget_mlp()
-        dx, attention_grads = self._attention_backward(dx2, kept.x, kept.attention, wanted)
+        dx, attention_grads = self._attention_backward(dx2, kept.x, kept.attention, wanted, of_norms)
         kept.forget_attention()
         give(dx2, kept.x, dy)
-        return dx, attention_grads + mlp_grads
+        return dx, attention_grads + mlp_grads + [of_norms[norm] for norm in self.norms.trained]
 
     def _attention(self, x: Tensor) -> tuple[Tensor, AttentionKept]:
         """x (T, H) -> what is to be added to it, (T, H)."""
@@ -195,29 +210,32 @@ class Layer:
         normed, after_scale = self._norm(self.norms.after_mlp, d)
         return x2, normed, MlpKept(scale, gate_up, low, low_down, d, after_scale)
 
-    def _mlp_backward(self, dy: Tensor, x2: Tensor, kept: MlpKept) -> tuple[Tensor, list[Tensor]]:
+    def _mlp_backward(
+        self, dy: Tensor, x2: Tensor, kept: MlpKept, of_norms: NormGradients
+    ) -> tuple[Tensor, list[Tensor]]:
         """(dx2, gradients of gate_up and down): gate and up become their gradients."""
-        dd = self._of_delta(dy, self.norms.after_mlp, kept.d, kept.after_scale)
+        dd = self._of_delta(dy, self.norms.after_mlp, kept.d, kept.after_scale, of_norms)
         low_d = self.down.backward_low(dd)
         a = self.down.backward_input(dd, low_d, self._take(self.down.in_features, dy))  # da, and then a
         parts.gate_backward(a, *self._gate_and_up(kept.gate_up), self.shape.activation)
-        down_grads = self.down.backward_adapters(dd, low_d, a, kept.low_down)
+        down_grads = self.down.backward_adapters(dd, low_d, a, kept.low_down) + self.down.backward_weights(dd, a)
         give(a, dd if dd is not dy else None)
         low_d = self.gate_up.backward_low(kept.gate_up)
         n2, _ = self._norm(self.norms.mlp, x2)
         grads = self.gate_up.backward_adapters(kept.gate_up, low_d, n2, kept.low)
+        grads += self.gate_up.backward_weights(kept.gate_up, n2)
         dn2 = self.gate_up.backward_input(kept.gate_up, low_d, n2)
-        return parts.norm_backward(dn2, x2, self.norms.mlp.weight, kept.scale, onto_TH=dy), grads + down_grads
+        return _norm_backward(self.norms.mlp, dn2, x2, kept.scale, of_norms, onto=dy), grads + down_grads
 
     def _attention_backward(
-        self, dx2: Tensor, x: Tensor, kept: AttentionKept, wanted: bool
+        self, dx2: Tensor, x: Tensor, kept: AttentionKept, wanted: bool, of_norms: NormGradients
     ) -> tuple[Tensor | None, list[Tensor]]:
         """(dx if wanted, gradients of qkv and o)."""
-        dz = self._of_delta(dx2, self.norms.after_attention, kept.z, kept.after_scale)
+        dz = self._of_delta(dx2, self.norms.after_attention, kept.z, kept.after_scale, of_norms)
         low_d = self.o.backward_low(dz)
-        o_grads = self.o.backward_adapters(dz, low_d, kept.out, kept.low_out)
+        o_grads = self.o.backward_adapters(dz, low_d, kept.out, kept.low_out) + self.o.backward_weights(dz, kept.out)
         d_out = None
-        if wanted or self.qkv.parts:
+        if wanted or self.qkv.parameters:
             d_out = self.o.backward_input(dz, low_d, self._take(self.o.in_features, x))
         give(dz if dz is not dx2 else None)
         if d_out is None:
@@ -231,20 +249,29 @@ class Layer:
         give(d_out)
         raw = self._split(kept.qkv)
         for grad, before, norm in ((dq, raw[0], self.norms.q), (dk, raw[1], self.norms.k)):
+            cos, sin = self.cos, self.sin
+            if norm is not None and norm.trained:  # its gradient is that of its output, before the rotation
+                if cos is not None:
+                    parts.heads_backward(grad, before, None, 0.0, cos, sin)
+                of_norms[norm], cos, sin = _heads_norm_gradient(grad, before, norm.eps), None, None
             weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            if norm is not None or self.cos is not None:
-                parts.heads_backward(grad, before, weight, eps, self.cos, self.sin)
+            if norm is not None or cos is not None:
+                parts.heads_backward(grad, before, weight, eps, cos, sin)
         low_d = self.qkv.backward_low(d_qkv)
         n1, _ = self._norm(self.norms.attention, x)
-        grads = self.qkv.backward_adapters(d_qkv, low_d, n1, kept.low) + o_grads
+        grads = self.qkv.backward_adapters(d_qkv, low_d, n1, kept.low)
+        grads += self.qkv.backward_weights(d_qkv, n1) + o_grads
         dx = None
         if wanted:
-            dn1 = self.qkv.backward_input(d_qkv, low_d, self._take_like(x) if self.chained else torch.empty_like(x))
-            dx = parts.norm_backward(dn1, x, self.norms.attention.weight, kept.scale, onto_TH=dx2)
+            chained = self.chained and is_taken(x)  # the first layer's dx goes to the embedding, which gives none back
+            dn1 = self.qkv.backward_input(d_qkv, low_d, self._take_like(x) if chained else torch.empty_like(x))
+            dx = _norm_backward(self.norms.attention, dn1, x, kept.scale, of_norms, onto=dx2)
         give(n1, d_qkv)
         return dx, grads
 
-    def _of_delta(self, dy: Tensor, norm: Norm | None, x: Tensor | None, scale: Tensor | None) -> Tensor:
+    def _of_delta(
+        self, dy: Tensor, norm: Norm | None, x: Tensor | None, scale: Tensor | None, of_norms: NormGradients
+    ) -> Tensor:
         """The gradient of a block's output before its norm, from that of what it was added to. dy stays as it is."""
         m = self.shape.residual
         if m == 1.0 and norm is None:
@@ -252,7 +279,7 @@ class Layer:
         d = torch.mul(dy, m, out=self._take_like(dy))
         if norm is None or x is None or scale is None:
             return d
-        return parts.norm_backward(d, x, norm.weight, scale)
+        return _norm_backward(norm, d, x, scale, of_norms)
 
     def _take(self, columns: int, x: Tensor) -> Tensor:
         """A buffer with as many rows as x, and its dtype."""
@@ -294,6 +321,26 @@ class Layer:
     def _give_turned(self, q: Tensor, k: Tensor) -> None:
         for x, norm in ((q, self.norms.q), (k, self.norms.k)):
             give(None if norm is None else x.flatten(1))
+
+
+def _norm_backward(
+    norm: Norm, dy: Tensor, x: Tensor, scale: Tensor, of_norms: NormGradients, onto: Tensor | None = None
+) -> Tensor:
+    """dx, plus `onto`, written over dy; the gradient of a trained weight goes to `of_norms`."""
+    if norm.trained:
+        of_norms[norm] = norm_gradient(dy, x, scale)
+    return parts.norm_backward(dy, x, norm.weight, scale, onto_TH=onto)
+
+
+def norm_gradient(dy_TH: Tensor, x_TH: Tensor, scale_T: Tensor) -> Tensor:
+    """The gradient of a norm's weight, (H,) fp32: the sum over tokens of dy * x * scale."""
+    return (dy_TH.float() * x_TH).mul_(scale_T[:, None]).sum(0)
+
+
+def _heads_norm_gradient(dy_THD: Tensor, x_THD: Tensor, eps: float) -> Tensor:
+    """The same of a norm over each head, (D,)."""
+    x = x_THD.float()
+    return (dy_THD * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).sum((0, 1))
 
 
 class LayerFunction(torch.autograd.Function):

@@ -56,6 +56,7 @@ class Checkpoint:
     progress: Progress
     identity: dict[str, Any]
     adapter: dict[str, Tensor]
+    """All that is trained by name: A and B; in full fine-tuning every weight, fp32."""
     optimizer: dict[str, Tensor]
 
 
@@ -104,8 +105,9 @@ class Checkpoints:
             damaged.append(self.path(step).name)
         return None, damaged
 
-    def read(self, step: int) -> Checkpoint:
-        """The checkpoint of that step. Raises ResumeError when it is missing or damaged, or another version's."""
+    def read(self, step: int, optimizer: bool = True) -> Checkpoint:
+        """The checkpoint of that step, without the optimizer's tensors if they are not wanted. Raises ResumeError when
+        it is missing or damaged, or another version's."""
         folder = self.path(step)
         if not complete(folder):
             remedy = f"remove {self.folder} and resume: the run begins again and comes to the same bits"
@@ -116,8 +118,8 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             what = f"does not read: {error}"
             raise ResumeError(f"{folder}/state.json", what, "resume with the version that wrote it") from None
-        adapter, optimizer = (
-            {name: shards.load(name).clone() for name in shards.shapes}
-            for shards in (open_file(folder / f"{part}.safetensors", ResumeError) for part in ("adapter", "optimizer"))
-        )
-        return Checkpoint(progress, identity, adapter, optimizer)
+        tensors: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}}
+        for part in ("adapter", "optimizer") if optimizer else ("adapter",):
+            shards = open_file(folder / f"{part}.safetensors", ResumeError)
+            tensors[part] = {name: shards.load(name).clone() for name in shards.shapes}
+        return Checkpoint(progress, identity, **tensors)

@@ -24,6 +24,7 @@ def blame(
     model: nn.Module,
     head: Head,
     packs: Sequence[Pack],
+    trained: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     *,
     step: int,
@@ -32,13 +33,15 @@ def blame(
 ) -> NonFiniteError:
     """The error that names the first tensor with a non-finite value: weight, optimizer state, activation or gradient.
 
-    packs: the step's rows. state: the optimizer's tensors by name. The model is left in eval mode.
+    packs: the step's rows. trained: what the step would change, with its gradients, by name. state: the optimizer's
+    tensors by name. The model is left in eval mode.
     """
-    name, kind = next(_bad(model, head, packs, state))
+    name, kind = next(_bad(model, head, packs, trained, state))
     rows = ", ".join(str(number + 1) for pack in packs[:1] for number in pack.numbers[:8])
     remedy = {
         "frozen weight": "the base model's file is damaged",
         "adapter weight": "go back to an older checkpoint",
+        "trained weight": "go back to an older checkpoint",
         "optimizer state": "go back to an older checkpoint",
         "activation": f"look at training rows {rows}, or use --compute fp32",
         "gradient": "lower --lr, or use --compute fp32",
@@ -48,18 +51,20 @@ def blame(
 
 
 def _bad(
-    model: nn.Module, head: Head, packs: Sequence[Pack], state: Mapping[str, Tensor]
-) -> Iterator[tuple[str, str]]:  # fmt: skip
+    model: nn.Module, head: Head, packs: Sequence[Pack], trained: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, str]]:
     """(name, kind) of the tensors at fault, causes before effects; at least one."""
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
-            yield _plain(name), "adapter weight" if parameter.requires_grad else "frozen weight"
+            trainable = "adapter weight" if ".adapter." in name else "trained weight"
+            yield _plain(name), trainable if parameter.requires_grad else "frozen weight"
     for name, tensor in state.items():
         if not _finite(tensor):
             yield name, "optimizer state"
     for name in _bad_activations(model, head, packs):
         yield _plain(name), "activation"
-    largest = {n: float(p.grad.abs().max()) for n, p in model.named_parameters() if p.grad is not None}
+    every = {**dict(model.named_parameters()), **trained}  # of vectors the masters have the gradients
+    largest = {n: float(p.grad.abs().max()) for n, p in every.items() if p.grad is not None}
     for name, value in largest.items():
         if not math.isfinite(value):
             yield _plain(name), "gradient"

@@ -13,17 +13,17 @@ import torch
 from torch import nn
 
 from lorafit import machine
-from lorafit.adapter.attach import adapted_layers
 from lorafit.config import TrainConfig
 from lorafit.data.batch import Tokens, cut, pack_rows
 from lorafit.data.order import order
-from lorafit.errors import Interrupted, NonFiniteError
+from lorafit.errors import ConfigError, Interrupted, NonFiniteError
 from lorafit.model.head import Head
 from lorafit.training.checkpoint import Checkpoint, Checkpoints, Progress
 from lorafit.training.finite import blame, sums_finite
 from lorafit.training.metrics import Metrics
 from lorafit.training.optim import clip_gradient, load_optimizer_tensors, lr_at, make_optimizer, optimizer_tensors
 from lorafit.training.step import accumulate
+from lorafit.training.trained import Trained
 
 T = TypeVar("T")
 
@@ -65,6 +65,10 @@ class Run:
     """Called before step 1 (with 0) and after each step: settings that need less memory, None to go on as it is."""
     stop: StopRequest = field(default_factory=StopRequest)
     save_seconds: float = 0.0
+    trained: Trained = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trained = Trained(self.model)
 
 
 def _set(value: T | None) -> T:
@@ -82,26 +86,25 @@ def step_rows(seed: int, step: int, rows: int, batch_size: int) -> list[int]:
 
 
 def fit(run: Run, start: Checkpoint | None) -> Progress:
-    """Train from `start` (None: from step 0) to the end, or until patience or a signal ends it.
+    """Train from `start` (None: from step 0), whose tensors are used up, to the end, or until patience or a signal.
 
     Raises NonFiniteError within the step in which a NaN or infinity appears, before any weight has changed by it;
     Interrupted after a signal, when the checkpoint is on disk.
     """
-    layers = dict(adapted_layers(run.model))
-    named = {f"{path}.{part}": getattr(layer.adapter, part) for path, layer in layers.items() for part in ("A", "B")}
+    named = run.trained.parameters
     optimizer = make_optimizer(named.values(), run.config.weight_decay)
     progress = Progress()
     if start is not None:
         progress = start.progress
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(start.adapter[name])
+        run.trained.load(start.adapter)
         load_optimizer_tensors(optimizer, named, start.optimizer)
+        start.adapter.clear()  # of a whole model they would be 12 bytes a weight for the rest of the run
+        start.optimizer.clear()
     run.model.train()
     run.config = run.lower(0) or run.config
     while progress.step < run.plan.steps and not progress.finished:
         step = progress.step + 1
-        _train_step(run, optimizer, named, step)
+        _train_step(run, optimizer, step)
         run.config = run.lower(step) or run.config
         progress = dataclasses.replace(progress, step=step)
         config, last = run.config, step == run.plan.steps
@@ -112,7 +115,7 @@ def fit(run: Run, start: Checkpoint | None) -> Progress:
         progress = dataclasses.replace(progress, finished=progress.finished or last)
         improved = run.evaluate is not None and progress.best_step == step
         if improved or progress.finished or step % _set(config.save_every) == 0 or run.stop.signal_number:
-            _save(run, progress, named, optimizer)
+            _save(run, progress, optimizer)
         if run.stop.signal_number and not progress.finished:
             out = run.checkpoints.folder.parent
             what = f"stopped by signal {run.stop.signal_number} after step {step}, checkpoint written"
@@ -121,22 +124,26 @@ def fit(run: Run, start: Checkpoint | None) -> Progress:
     return progress
 
 
-def _train_step(run: Run, optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], step: int) -> None:
+def _train_step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
     started = time.perf_counter()
-    config, plan = run.config, run.plan
+    config, plan, named = run.config, run.plan, run.trained.parameters
     numbers = step_rows(config.seed, step, len(run.rows), _set(config.batch_size))
     packs = pack_rows(run.rows, numbers, _set(config.micro_batch_tokens), config.packing == "auto")
     lr = lr_at(step, plan.steps, _set(config.lr), config.schedule, config.warmup)
-    optimizer.zero_grad(set_to_none=True)
     loss = accumulate(
         run.model, run.head, packs, seed=config.seed, step=step, checkpointed=config.checkpointed_layers or 0
     )  # fmt: skip
+    missing = run.trained.without_gradient() if config.method == "full" else None
+    if missing is not None:
+        raise ConfigError("--method full", f"{missing} gets no gradient", "use --method lora")
     norm = clip_gradient(named.values(), config.clip_norm)
     state = optimizer_tensors(optimizer, named)
     if not (math.isfinite(loss) and math.isfinite(norm) and sums_finite(state.values())):
-        raise blame(run.model, run.head, packs, state, step=step, loss=loss, norm=norm)
+        raise blame(run.model, run.head, packs, named, state, step=step, loss=loss, norm=norm)
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # evaluations and saves need no gradients in memory
+    run.trained.round()
     seconds = time.perf_counter() - started
     tokens = sum(len(pack.ids_T) for pack in packs)
     line: dict[str, object] = {
@@ -196,9 +203,10 @@ def _evaluate(run: Run, evaluate: Callable[[], float], progress: Progress) -> Pr
     return dataclasses.replace(progress, stale_evaluations=stale, finished=patience is not None and stale >= patience)
 
 
-def _save(run: Run, progress: Progress, named: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def _save(run: Run, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
     started = time.perf_counter()
     run.metrics.sync()
+    named = run.trained.parameters
     adapter = {name: parameter.detach() for name, parameter in named.items()}
     state = optimizer_tensors(optimizer, named)
     run.checkpoints.save(Checkpoint(progress, run.identity, adapter, state))

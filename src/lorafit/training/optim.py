@@ -14,19 +14,22 @@ LR_CAP = 2e-3
 SHORT_RUN = 100  # steps
 
 
-def auto_lr(model_type: str, hidden_size: int, steps: int) -> tuple[float, str]:
-    """The learning rate for LoRA on a model of this width, and the rule in words.
+def auto_lr(model_type: str, hidden_size: int, steps: int, method: str = "lora") -> tuple[float, str]:
+    """The learning rate of a method for a model of this width, and the rule in words.
 
-    Source: "LoRA Without Regret" (Schulman & Thinking Machines, 2025): 10 x full fine-tuning's rate, 15 x for short
-    runs; width exponents as in tinker-cookbook's public code. The cap is ours: 3e-3 mostly diverges in its sweeps.
+    Source: "LoRA Without Regret" (Schulman & Thinking Machines, 2025): LoRA's is 10 x full fine-tuning's rate, 15 x for
+    short runs; width exponents as in tinker-cookbook's public code. The cap is ours: 3e-3 mostly diverges there; a
+    tenth of it for full fine-tuning.
     """
     exponent = 0.0775 if model_type.startswith("qwen") else 0.781
-    short = 1.5 if steps < SHORT_RUN else 1.0
-    lr = FULL_LR * LORA_FACTOR * (2000 / hidden_size) ** exponent * short
-    rule = f"10 x full fine-tuning's 5e-5 x (2000 / {hidden_size})^{exponent}"
-    rule += f", x 1.5 for under {SHORT_RUN} steps" if short > 1 else ""
-    if lr > LR_CAP:
-        return LR_CAP, f"{rule} = {lr:.2e}, capped at {LR_CAP:g}"
+    factor, cap, rule = 1.0, LR_CAP / LORA_FACTOR, f"5e-5 x (2000 / {hidden_size})^{exponent}"
+    if method == "lora":
+        factor, cap, rule = LORA_FACTOR, LR_CAP, f"10 x full fine-tuning's {rule}"
+        if steps < SHORT_RUN:
+            factor, rule = 1.5 * factor, f"{rule}, x 1.5 for under {SHORT_RUN} steps"
+    lr = FULL_LR * factor * (2000 / hidden_size) ** exponent
+    if lr > cap:
+        return cap, f"{rule} = {lr:.2e}, capped at {cap:g}"
     return float(f"{lr:.3g}"), rule
 
 
@@ -62,11 +65,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) ->
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`; the tensors become the optimizer's own."""
     (group,) = optimizer.param_groups
     for name, parameter in zip(names, group["params"], strict=True):
         keys = ("step", "exp_avg", "exp_avg_sq")
-        optimizer.state[parameter] = {key: tensors[f"{name}.{key}"].clone() for key in keys}
+        optimizer.state[parameter] = {key: tensors[f"{name}.{key}"] for key in keys}
 
 
 def clip_gradient(parameters: Iterable[nn.Parameter], largest: float) -> float:

@@ -1,0 +1,91 @@
+"""A trained model as a plain Hugging Face folder, which transformers and lorafit load: weights, tokenizer, template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import processors
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorafit.formats.folders import commit
+from lorafit.formats.safetensors import SINGLE, write_safetensors
+from lorafit.formats.tokenizer import TextTokenizer
+from lorafit.model.tokenizer import as_transformers
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "tokenizer.model", "vocab.json", "merges.txt")  # fmt: skip
+TEMPLATE = "chat_template.jinja"
+
+
+def save_plain(
+    model: PreTrainedModel,
+    tensors: Mapping[str, Tensor],
+    tokenizer: TextTokenizer,
+    folder: Path,
+    *,
+    source: Path,
+    template: str | None,
+    texts: Mapping[str, str],
+) -> None:
+    """Write `tensors`, all of one dtype and under the model's own names, as `folder`, complete or absent.
+
+    source: the file or folder that the model came from; a folder's configuration and tokenizer are taken over as they
+    are. template: the chat template that goes along, None for none. texts: other files of the folder. An older folder
+    is replaced. Raises ConfigError when the disk refuses.
+    """
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+
+    def write(path: Path) -> None:
+        _write_json(path / "config.json", {**_configuration(model, source), "dtype": dtype})
+        write_safetensors(path / SINGLE, tensors)
+        if (source / "generation_config.json").is_file():
+            shutil.copyfile(source / "generation_config.json", path / "generation_config.json")
+        else:
+            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.end_ids) or None}
+            _write_json(
+                path / "generation_config.json", {key: value for key, value in ends.items() if value is not None}
+            )
+        _write_tokenizer(path, tokenizer, source, template)
+        for name, text in texts.items():
+            (path / name).write_text(text, encoding="utf-8")
+
+    commit(folder, write, manifest=False)
+
+
+def _configuration(model: PreTrainedModel, source: Path) -> dict[str, Any]:
+    file = source / "config.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("model_type") != model.config.model_type:  # a GGUF file, or the text part of a multimodal model
+        return {**model.config.to_dict(), "architectures": [type(model).__name__], "use_cache": True}
+    return {key: value for key, value in found.items() if key not in ("torch_dtype", "quantization_config")}
+
+
+def _write_tokenizer(folder: Path, tokenizer: TextTokenizer, source: Path, template: str | None) -> None:
+    """The tokenizer's files as the source has them, or made of a GGUF file's, and the template beside them."""
+    if source.is_dir():
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+    else:
+        made = as_transformers(tokenizer)
+        backend = tokenizer.backend  # the very one that `made` has
+        if tokenizer.add_bos and tokenizer.bos_token is not None:
+            pair = (tokenizer.bos_token, int(tokenizer.bos_id or 0))
+            backend.post_processor = processors.TemplateProcessing(single=f"{pair[0]} $A", special_tokens=[pair])
+        made.save_pretrained(folder)
+        backend.post_processor = None  # ours adds no token by itself
+    file = folder / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if config.pop("chat_template", None) is not None:
+        _write_json(file, config)  # the file beside it is the one that counts
+    if template is not None:
+        (folder / TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
