@@ -176,7 +176,7 @@ def _resolve(file: str | None, flags: dict[str, Any]) -> tuple[dict[str, Any], d
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in OUT.")
 @click.option("--resume", metavar="OUT", help="Go on with the run in this folder, with its own settings.")
 def train(file: str | None, overwrite: bool, resume: str | None, **flags: Any) -> None:
-    """Train an adapter on DATA for MODEL."""
+    """Train an adapter on DATA for MODEL, or with --method full all of its weights."""
     started = time.perf_counter()
     values, origin = _resolve(file, flags)
     if resume is not None:
@@ -215,6 +215,44 @@ def plan(file: str | None, **options: Any) -> int:
         from lorafit.forecast import run
 
     return run(Resolved(TrainConfig(**values), origin), started=started, **{name: options[name] for name in own})
+
+
+@cli.command(epilog=WORDS)
+@click.argument("model", required=False)
+@click.argument("data", nargs=-1)
+@click.option("--out", metavar="OUT", help="Folder for the comparison; refused if it is not empty.")
+@click.option("--methods", default="lora,full", help="What to compare: lora, full, or both. [default: lora,full]")
+@click.option("--lr-sweep", is_flag=True, help="Find each method's learning rate first: 3 to 5, half a decade apart.")
+@click.option("--forget-on", metavar="FILE", help="Text that is not trained: which method has made it worse?")
+@config_options(*(name for name in config.field_types() if name not in (*PATHS, "method", "lr")))
+@click.option("--overwrite", is_flag=True, help="Replace an earlier comparison in OUT.")
+@click.option("--resume", metavar="OUT", help="Go on with the comparison in this folder, with its own settings.")
+@click.option("--json", "as_json", is_flag=True, help="compare.json on standard output.")
+def compare(
+    model: str | None, data: tuple[str, ...], out: str | None, methods: str, lr_sweep: bool, forget_on: str | None,
+    overwrite: bool, resume: str | None, as_json: bool, **flags: Any,
+) -> None:  # fmt: skip
+    """LoRA against full fine-tuning on DATA, same rows, same steps; with --lr-sweep, at each one's best learning rate.
+
+    Each run is a process of its own in OUT/lora, OUT/full. OUT/compare.html tells what it means.
+    """
+    settings = _given(flags)
+    with _importing():
+        from lorafit.compare import study
+        from lorafit.compare.page import show
+
+    if resume is not None:
+        if settings or model or overwrite or lr_sweep or forget_on:
+            raise ConfigError("--resume", "goes on with the comparison's own settings", "leave the others out")
+        found = study.resume(Path(resume))
+    elif not (model and data and out):
+        missing = "MODEL" if not model else "DATA" if not data else "OUT"
+        raise ConfigError("lorafit compare", f"{missing} is missing", "lorafit compare MODEL DATA --out OUT")
+    else:
+        names = tuple(name.strip() for name in methods.split(","))
+        wanted = study.Study(model, data, names, lr_sweep, forget_on, settings)
+        found = study.compare(wanted, Path(out), overwrite=overwrite)
+    return console.result_json(found) if as_json else show(found)
 
 
 @cli.command(epilog=WORDS)
