@@ -28,8 +28,8 @@ from lorafit.use import open_base
 
 LENGTHS, SEEDS = ((1, 2), (0,)) if SLICE else ((30, 90), (0, 1, 2))
 ARMS: dict[str, dict[str, Any]] = {
-    "LoRA, rank 8": {"rank": 8, "lr": 1e-3},
-    "LoRA, rank 64": {"rank": 64, "lr": 1e-3},
+    "LoRA, rank 8": {"base": "bf16", "rank": 8, "lr": 1e-3},
+    "LoRA, rank 64": {"base": "bf16", "rank": 64, "lr": 1e-3},
     "full": {"method": "full", "lr": 1e-4},  # a tenth: each near the best of its kind on this data
 }
 Point = tuple[float, float]
@@ -46,7 +46,7 @@ def point(name: str, steps: int, seed: int) -> Point:
     """(held-out task loss, loss on WikiText-2) after a run; kept beside it."""
     out = KEPT / "forgetting" / f"{name.replace(', rank ', '-')}-{steps}-{seed}"
     report = finished(
-        out, model=fetch("smollm2"), data=WIKISQL / "train.jsonl", eval=WIKISQL / "test.jsonl", base="bf16", seed=seed,
+        out, model=fetch("smollm2"), data=WIKISQL / "train.jsonl", eval=WIKISQL / "test.jsonl", seed=seed,
         max_steps=steps, batch_size=8, eval_every=steps, save_every=30, **ARMS[name],
     )  # fmt: skip
     kept = out.parent / f"{out.name}.json"
