@@ -65,7 +65,7 @@ class Clock:
 
     def pack(self, pack: Pack, trains: bool = True) -> float:
         """Seconds of one pack; trains: with the way back."""
-        total = pack.trained * self._head() * (1.0 if trains else 0.55)
+        total = pack.trained * self._head() * (0.55 if not trains else 1.5 if self.use.full else 1.0)
         for index, layer in enumerate(self.model.layers):
             there, back, fixed = self._layer(layer, pack.length)
             again = there if index < self.use.checkpointed else 0.0
@@ -147,6 +147,8 @@ class Clock:
         for rows, columns, ranks, active in _products(layer, adapted, self.use.rank):
             there += active * self.speeds.product(rows, columns, ranks, backward=False)
             back += active * self.speeds.product(rows, columns, ranks, backward=True)
+            if self.use.full:  # the gradient of W, as large a product as the way there
+                back += active * self.speeds.product(rows, columns, 0, backward=False)
         shape = layer.heads, layer.key_heads, layer.dim
         widths = self.model.hidden, layer.inner, layer.query, layer.keys
         there += self.speeds.attention(*shape, length, False) + self.speeds.between(*widths, False)

@@ -118,7 +118,9 @@ def ways_out(here: Situation, use: Use, free: Free) -> list[str]:
         text = f"--max-length {longest} ({cut} rows lose {lost} of {total} tokens)"
         if price(1 + 40 * lost / max(1, total), text, replace(use, longest=longest)):
             break
-    if use.base not in ("nf4", "packed"):
+    if use.full:
+        price(4, "--method lora (rank 16)", replace(use, full=False, rank=16))
+    elif use.base not in ("nf4", "packed"):
         price(4, "--base nf4 (4 bits for the frozen layers: rounding costs some loss)", replace(use, base="nf4"))
     elif use.base == "nf4" and here.model.mapped:
         price(2, "--base packed (as the file has it)", replace(use, base="packed"))

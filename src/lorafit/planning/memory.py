@@ -64,6 +64,8 @@ class Use:
     """Whether a mapped base is read layer by layer and dropped behind."""
     adapter_bytes: int = 4
     """Of a trainable parameter."""
+    full: bool = False
+    """--method full: every weight is trained, and rank is 0."""
 
     @property
     def size(self) -> int:
@@ -95,6 +97,8 @@ def predict(model: Outline, use: Use, *, libraries: int, data: int, warm: int = 
         {**held, "weights_mapped": parts["weights_mapped"], "loading": loading(model, use.base, use.compute)}
     )
     moment = max(casts(model, use), SAVING * parameters(model, use))
+    if use.full:  # weights are saved as they lie; embedding and head have one more gradient for a moment
+        moment = 4 * max(model.embedding.weights, model.output.weights)
     later = Memory({**held, "libraries": libraries + warm, **parts, "saving": moment})
     return max(later, first, key=lambda one: one.total)
 
@@ -106,7 +110,7 @@ def training(model: Outline, use: Use) -> dict[str, int]:
     return {
         "weights_mapped": paged(model, mapped) if use.paged else mapped,
         "weights_private": private,
-        "adapters": use.adapter_bytes * trainable,
+        "adapters": 0 if use.full else use.adapter_bytes * trainable,
         "gradients": use.adapter_bytes * trainable,
         "optimizer": OPTIMIZER * trainable,
         "activations": activations(model, use),
@@ -117,8 +121,8 @@ def training(model: Outline, use: Use) -> dict[str, int]:
 
 
 def parameters(model: Outline, use: Use) -> int:
-    """P = sum of r (I + O) over the adapted matrices; of experts, over each of them."""
-    return use.rank * _sides(model, use.targets)
+    """P = sum of r (I + O) over the adapted matrices; of experts, over each of them. All weights with --method full."""
+    return model.parameters if use.full else use.rank * _sides(model, use.targets)
 
 
 @cache

@@ -169,7 +169,7 @@ def _use(config: TrainConfig, rows: Rows) -> Use:
     return Use(
         base=config.base,
         compute=config.compute,
-        rank=config.rank,
+        rank=0 if config.method == "full" else config.rank,
         targets=config.targets,
         limit=tokens,
         tokens=most,
@@ -179,6 +179,7 @@ def _use(config: TrainConfig, rows: Rows) -> Use:
         checkpointed=config.checkpointed_layers or 0,
         threads=int(config.threads or 1),
         paged=config.paging == "on",
+        full=config.method == "full",
     )
 
 
@@ -186,7 +187,7 @@ def _free(resolved: Resolved, model: Outline) -> fit.Free:
     config = resolved.config
     given = config.checkpointed_layers is not None or config.checkpointing in ("off", "all")
     return fit.Free(
-        base=resolved.origin.get("base", "").startswith("auto"),
+        base=config.method == "lora" and resolved.origin.get("base", "").startswith("auto"),
         tokens=config.micro_batch_tokens is None,
         chunk=config.loss_chunk is None,
         checkpointed=not given,
