@@ -6,37 +6,41 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorafit.adapter.attach import adapted_layers
-from lorafit.adapter.lora import LoraAdapter
 from lorafit.frozen.weight import FrozenWeight
 
 
 @torch.no_grad()
 def movement(model: nn.Module) -> list[dict[str, Any]]:
-    """Of each adapted layer its path, `norm` |alpha/r B A| and `relative`, that over |W|; Frobenius norms.
-
-    relative is None where the base layer is no frozen weight of ours. Empty where no layer has an adapter.
-    """
+    """Of each adapted layer its path, `norm` |alpha/r B A| and `relative`, that over |W|; Frobenius norms, of all
+    experts together where a layer has several. relative is None for a weight of zeros. Empty without adapters."""
     found = []
     for path, layer in adapted_layers(model):
-        weight, norm = getattr(layer.base, "weight", None), update_norm(layer.adapter)
-        whole = weight_norm(weight) if isinstance(weight, FrozenWeight) else 0.0
+        norm, whole = update_norm(layer.adapter), weight_norm(layer.base)
         found.append({"layer": path, "norm": norm, "relative": norm / whole if whole else None})
     return found
 
 
-def update_norm(adapter: LoraAdapter) -> float:
-    """|alpha/r B A| without forming the product: |B A|^2 = sum((B^T B) * (A A^T)), r x r."""
+def update_norm(adapter: Any) -> float:
+    """|alpha/r B A| without forming the product: |B A|^2 = sum((B^T B) * (A A^T)). A (.., r, I), B (.., O, r)."""
     a, b = adapter.A.double(), adapter.B.double()
-    return adapter.scale * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))
+    return float(adapter.scale) * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))
 
 
-def weight_norm(weight: FrozenWeight) -> float:
-    """|W| of a frozen weight, unpacked block by block."""
-    squares = 0.0
+def weight_norm(base: nn.Module) -> float:
+    """|W| of a layer: its frozen weights, unpacked block by block, or its `weight`."""
+    frozen = [module for module in base.modules() if isinstance(module, FrozenWeight)]
+    if not frozen:
+        weight = getattr(base, "weight", None)
+        return float(weight.double().norm()) if isinstance(weight, Tensor) else 0.0
+    return math.sqrt(sum(map(_squares, frozen)))
+
+
+def _squares(weight: FrozenWeight) -> float:
+    total = 0.0
     for start, stop in weight.blocks(1 << 22):
         rows = torch.empty(stop - start, weight.in_features, device=weight.device)
-        squares += float(weight.rows(start, stop, rows).square().sum(dtype=torch.float64))
-    return math.sqrt(squares)
+        total += float(weight.rows(start, stop, rows).square().sum(dtype=torch.float64))
+    return total
