@@ -215,7 +215,8 @@ def test_wrong_models_and_data_are_one_line_each(world, tmp_path):
         (("train", world.model, *out), r"lorafit train: DATA is missing; .*"),
         (("train", world.model, world.data), r"lorafit train: OUT is missing; .*"),
         (("preview", world.model), r"lorafit preview: Missing argument 'DATA...'; see lorafit preview --help"),
-        (("plan", world.model), r"lorafit: No such command 'plan'; see lorafit --help"),
+        (("plan", world.model), r"lorafit plan: needs DATA, or --rows and --length; give one of them"),
+        (("nope", world.model), r"lorafit: No such command 'nope'; see lorafit --help"),
         (("--nope",), r"lorafit: No such option '--nope'; see lorafit --help"),
     ]:
         assert_error(run(*command), says)

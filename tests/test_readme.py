@@ -55,7 +55,7 @@ def test_the_commands_run_as_they_stand(folder, monkeypatch):
     monkeypatch.setattr("lorafit.export.verify.find_spec", lambda name: None)  # llama.cpp refuses so tiny a vocabulary
     found = commands()
     assert [command.split()[1] for command in found] == [
-        *["preview", "train", "generate", "chat", "eval"],
+        *["preview", "plan", "train", "generate", "chat", "eval"],
         *["export"] * 3,
         "merge",
     ]
@@ -82,7 +82,9 @@ def test_the_python_runs_as_it_stands(folder, tmp_path, monkeypatch, capsys):
     own = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)})
     runpy.run_path(str(tmp_path / "snippet.py"), {"any_torch_module": own})
     report = json.loads((tmp_path / "runs" / "mine" / "report.json").read_text())
-    assert capsys.readouterr().out == f"{report['base_loss']} {report['adapter_loss']}\n"
+    planned, losses = capsys.readouterr().out.splitlines()
+    assert planned.startswith("{'total': ")
+    assert losses == f"{report['base_loss']} {report['adapter_loss']}"
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
     assert sum(parameter.requires_grad for parameter in own.parameters()) == 4
 
