@@ -1,7 +1,7 @@
 """Keeping a run inside its memory: looked at after every step, lowered before the kernel kills it.
 
-What a step takes again in the next one has been taken once it is over, but for what a save needs for a moment. So less
-than that and a hundredth of the budget left means that it may not go on as it is: packs of half as many tokens, down to
+What a step takes again in the next one has been taken once it is over, but for the adapters' casts. So less than those
+and a hundredth of the budget left means that it may not go on as it is: packs of half as many tokens, down to
 the longest row's, and then every layer computed twice.
 """
 
@@ -25,7 +25,7 @@ class Guard:
     """Whether the budget is --memory's; else it is what the machine has free, whoever takes it."""
     predicted: int
     moment: int
-    """What a save needs for a moment."""
+    """What is taken for a moment in each step, and free between them."""
     growth: int
     """What the optimizer takes up in step 1."""
     longest: int

@@ -1,7 +1,7 @@
 """Memory of a training run by part, in bytes, from numbers alone.
 
     peak = libraries + data + weights + adapters + gradients + optimizer + activations + attention + head + scratch
-         + the larger of what a step and what a save needs for a moment,   or what loading needs, where that is more
+         + casts,   or what loading needs, where that is more; a save writes one tensor at a time
 
 P trainable parameters, T tokens of the largest pack, N trained ones among them, r rank, H width, V vocabulary,
 L layers, s bytes of the compute dtype. Each formula follows what the named file allocates; none is fitted to a
@@ -14,7 +14,6 @@ published total. What is measured is said: the libraries' own memory.
     attention     of each thread a document's keys and values, and a tile  native/attention.h
     head          C V s, C tokens' logits, and hidden states of T and N    training/loss.py
     scratch       the largest matrix that is unpacked at a time            frozen/weight.py, adapter/group.py
-    saving        16 P: the moments as bytes, twice                        training/checkpoint.py
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ WARM = 140_000_000
 TILE = 64  # queries and keys of a tile in native/attention.h
 FEW = 4  # documents times key heads, per thread, below which gradients of keys are summed up behind (kernels/attention)
 OPTIMIZER = 8  # bytes of a parameter: AdamW's two moments
-SAVING = 2 * OPTIMIZER  # of a parameter, for a moment: the moments as bytes, twice
 UNFUSED = 2  # how much more of a token transformers' own layers keep than ours (measured on Llama: 1.9)
 AHEAD = 3  # layers of a paged base that are in memory: the one before, this one, the next
 
@@ -96,10 +94,10 @@ def predict(model: Outline, use: Use, *, libraries: int, data: int, warm: int = 
     first = Memory(
         {**held, "weights_mapped": parts["weights_mapped"], "loading": loading(model, use.base, use.compute)}
     )
-    moment = max(casts(model, use), SAVING * parameters(model, use))
+    moment = casts(model, use)
     if use.full:  # weights are saved as they lie; embedding and head have one more gradient for a moment
         moment = 4 * max(model.embedding.weights, model.output.weights)
-    later = Memory({**held, "libraries": libraries + warm, **parts, "saving": moment})
+    later = Memory({**held, "libraries": libraries + warm, **parts, "moment": moment})
     return max(later, first, key=lambda one: one.total)
 
 

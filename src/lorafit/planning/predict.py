@@ -15,7 +15,7 @@ from lorafit.errors import MemoryLimitError
 from lorafit.planning import devices, fit
 from lorafit.planning.duration import Clock, Pack, Remaining, Work
 from lorafit.planning.guard import Guard
-from lorafit.planning.memory import OPTIMIZER, SAVING, Memory, Use, parameters
+from lorafit.planning.memory import OPTIMIZER, Memory, Use, casts, parameters
 from lorafit.planning.outline import Outline
 from lorafit.planning.speeds import Speeds
 from lorafit.training.loop import Plan, step_rows
@@ -81,7 +81,7 @@ class Prediction:
     def guard(self) -> Guard:
         """What keeps the run inside its budget."""
         trainable, layers = parameters(self.clock.model, self.use), len(self.clock.model.layers)
-        sizes = self.memory.total, SAVING * trainable, OPTIMIZER * trainable
+        sizes = self.memory.total, casts(self.clock.model, self.use), OPTIMIZER * trainable
         return Guard(self.budget, self.given, *sizes, self.use.longest, layers)
 
     def remaining(self) -> Remaining:
