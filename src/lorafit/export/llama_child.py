@@ -9,11 +9,27 @@ fp32 and attention is the plain one, so that what is left is llama.cpp's own ari
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from typing import Any
 
 
 def main() -> None:
+    """Answer, and go: with a fault the server would wait for itself at the interpreter's end."""
+    code = 1
+    try:
+        answer()
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def answer() -> None:
+    """Read the job, load the files, print the answers."""
     import xllamacpp
 
     job = json.loads(sys.stdin.readline())
