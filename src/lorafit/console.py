@@ -167,6 +167,7 @@ def facts(found: dict[str, Any], as_json: bool) -> None:
                 yield from lines(value, indent + "  ")
             else:
                 shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+                shown = f"{value:.6g}" if isinstance(value, float) else shown
                 yield f"{indent}{key:<22} {shown}"
 
     return result("\n".join(lines(found, "")))

@@ -96,7 +96,7 @@ class Verdict:
         if self.base is None and self.size is not None and self.adapted.rms <= MERGED * self.size.rms:
             return self
         if self.base is not None:
-            if self.base.largest > 4 * self.floor:
+            if self.base.largest > 4 * self.floor and self.base.rms > self.floor:  # unlikely tokens alone may be far
                 what = f"the base alone differs by {self.base.largest:.3g} in {there}; {self.floor:g} is expected"
                 raise AdapterError(place, what, "that program does not read this model as lorafit does")
             known = max(known, 2 * self.base.largest)
