@@ -80,6 +80,10 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {  # a multimodal model's text 
     "gemma3": ("gemma3_text", {"model_type": "siglip_vision_model", **TOWER}),
     "gemma4": ("gemma4_text", {"model_type": "gemma4_vision", **TOWER, "num_key_value_heads": 2, "head_dim": 8}),
     "mistral3": ("ministral3", {"model_type": "pixtral", **TOWER}),
+    "llama4": ("llama4_text", {
+        "model_type": "llama4_vision_model", **TOWER, "pixel_shuffle_ratio": 0.5, "projector_input_dim": 16,
+        "projector_output_dim": 16, "vision_output_dim": 16,
+    }),
     "qwen3_5": ("qwen3_5_text", {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
         "num_position_embeddings": 16,
