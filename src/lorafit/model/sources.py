@@ -172,7 +172,7 @@ def _check_sizes(config: dict[str, Any], tensors: int, file: Path) -> None:
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     also = ("max_position_embeddings", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
     for key in (*needed, *also):
-        if key not in config:
+        if key not in config or (key in also[1:] and config[key] is None):  # a dense Gemma 4 has no number of experts
             continue  # then it has transformers' default
         value, most = config[key], tensors if key == "num_hidden_layers" else 1 << 24
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
