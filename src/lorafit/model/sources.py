@@ -95,7 +95,7 @@ class FolderSource(WeightSource):
         found = {own: shapes[name] for own, name in self._names.items()}
         self.stacks = stacks.of_matrices(found, kind, str(path))
         used = {name for stack in self.stacks.values() for part in stack.parts for name in part.names}
-        alone = {name: stacks.renamed(name, kind) for name in found.keys() - used}
+        alone = {name: stacks.renamed(name, kind) for name in found if name not in used}
         self._names |= {own: self._names[name] for name, own in alone.items()}
         self.shapes = {own: found[name] for name, own in alone.items()}
         self.shapes |= {name: stack.shape for name, stack in self.stacks.items()}
@@ -170,10 +170,10 @@ class GgufSource(WeightSource):
 def _check_sizes(config: dict[str, Any], tensors: int, file: Path) -> None:
     """Work and memory follow from these numbers, so they are checked before anything is built from them."""
     needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    also = ("max_position_embeddings", "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
-    for key in (*needed, *also):
-        if key not in config or (key in also[1:] and config[key] is None):  # a dense Gemma 4 has no number of experts
-            continue  # then it has transformers' default
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+    for key in (*needed, "max_position_embeddings", *experts):
+        if key not in config or (key in experts and config[key] is None):
+            continue  # then it has transformers' default, or no experts
         value, most = config[key], tensors if key == "num_hidden_layers" else 1 << 24
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
             raise ModelError(f"{file}: {key}", f"is {value!r}, not 1 to {most}", "the folder is damaged")
