@@ -268,7 +268,7 @@ def test_a_stopped_run_with_experts_resumes_to_the_same_bits(tmp_path):
         attach(base.model, 4, 8.0, ["all-linear", "experts"])
         config = TrainConfig(rank=4, lr=0.01, batch_size=4, save_every=1, micro_batch_tokens=32)
         out.mkdir(exist_ok=True)
-        run = Run(config, Plan(5, 2, 0), base.model, base.head, ROWS, Checkpoints(out), Metrics(out / "m.jsonl", 0),
+        run = Run(config, Plan(5, 2), base.model, base.head, ROWS, Checkpoints(out), Metrics(out / "m.jsonl", 0),
                   {"base": "tiny"}, None, lambda line: None, lambda: 1)  # fmt: skip
         if stop:
             run.report = lambda line: setattr(run.stop, "signal_number", 15 if line["step"] == stop else 0)
