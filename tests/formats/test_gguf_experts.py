@@ -50,6 +50,7 @@ def test_the_configuration_and_every_value_come_back(family, tmp_path):
         assert getattr(config, field) == getattr(model.config, field), field
     assert config.rope_parameters["rope_theta"] == model.config.rope_parameters["rope_theta"]
     state = {name: tensor for name, tensor in model.state_dict().items() if "inv_freq" not in name}
+    assert {source.format(name) for name in source.shapes} == {"F32"}
     assert source.shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name, tensor in state.items():
         if name not in source.stacks:

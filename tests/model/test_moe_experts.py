@@ -103,6 +103,8 @@ def test_published_folders_with_a_matrix_for_each_expert_load(family, tmp_path):
     fused = frozen(original, tmp_path / "fused").model
     folder = save_folder(original, tmp_path / "split")
     as_published(folder, family)
+    source = open_source(folder)
+    assert {source.format(name) for name in source.shapes} == {"F32"}
     split = lorafit.load(folder, base="fp32", compute="fp32")
     assert torch.equal(logits(split), logits(fused))
     assert difference(fingerprint(fused), fingerprint(split)) == (True, "")

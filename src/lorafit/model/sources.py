@@ -54,7 +54,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def format(self, name: str) -> str:
-        """The tensor's format in the file, such as Q4_1 or BF16."""
+        """The tensor's format in the file, such as Q4_1 or BF16; of a stack that of its first part."""
 
     @abstractmethod
     def tokenizer(self, template: str | None) -> TextTokenizer:
@@ -119,6 +119,7 @@ class FolderSource(WeightSource):
         return self._shards.load(self._names.get(name, name)) if stored is None else ops.values(stored)
 
     def format(self, name: str) -> str:
+        name = self.stacks[name].parts[0].names[0] if name in self.stacks else name
         name = self._names.get(name, name)
         return ops.NF4 if name in self._nf4 else self._shards.dtypes[name]
 
@@ -155,6 +156,7 @@ class GgufSource(WeightSource):
         return self._entries[name].load(self._gguf)
 
     def format(self, name: str) -> str:
+        name = self.stacks[name].parts[0].names[0] if name in self.stacks else name
         return self._gguf.tensors[self._entries[name].tensor].type.name
 
     def tokenizer(self, template: str | None) -> TextTokenizer:
