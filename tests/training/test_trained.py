@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +12,14 @@ import torch.nn.functional as F
 from builders.models import FAMILIES, frozen, save_folder, tiny_model
 from builders.rows import random_rows
 from lorafit.adapter.attach import attach
+from lorafit.config import TrainConfig
 from lorafit.data.batch import pack_rows
 from lorafit.errors import ConfigError
 from lorafit.model import buffers
 from lorafit.model.fused import FusedLayer
 from lorafit.model.load import load_base
 from lorafit.model.sources import open_source
+from lorafit.training.loop import Plan, Run, rehearse
 from lorafit.training.step import accumulate, pack_losses
 from lorafit.training.trained import Trained, train_everything
 
@@ -136,6 +141,19 @@ def test_vectors_sum_their_gradients_in_fp32(tmp_path):
     assert torch.equal(norm.grad, apart[0] + apart[1])
     assert not torch.equal(norm.grad, (apart[0].bfloat16() + apart[1].bfloat16()).float())
     assert base.model.get_submodule("model.norm").weight.grad is None
+
+
+def test_a_rehearsal_leaves_no_gradient(tmp_path):
+    """Running the largest pack once, on a copy of the run with other settings, changes no master and no gradient."""
+    base = half("llama", tmp_path)
+    config = TrainConfig(method="full", batch_size=4, micro_batch_tokens=50)
+    unused: Any = None
+    run = Run(config, Plan(1, 1), base.model, base.head, ROWS, unused, unused, {}, None, unused, unused)
+    before = {name: parameter.detach().clone() for name, parameter in run.trained.parameters.items()}
+    rehearse(replace(run, config=replace(config, micro_batch_tokens=20)), 1)
+    for name, parameter in run.trained.parameters.items():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
 
 
 def test_an_adapters_parameters_are_a_and_b(tmp_path):

@@ -73,7 +73,8 @@ def run_arm(arm: Arm, model: str, data: tuple[str, ...], out: Path, settings: Ma
         if code == MemoryLimitError.exit_code:
             return Outcome(arm, folder, None, f"does not fit in memory: {errors[0] if errors else ''}")
         if code:
-            what = errors[0] if errors else f"ended with exit code {code}"
+            killed = ", which the system does where memory runs out" if code == 128 + signal.SIGKILL else ""
+            what = errors[0] if errors else f"ended with exit code {code}{killed}"
             raise ConfigError(arm.name, what, "mend that and go on with --resume")
     return Outcome(arm, folder, json.loads((folder / "report.json").read_text(encoding="utf-8")))
 
@@ -113,7 +114,8 @@ def _run(command: list[str], name: str) -> tuple[int, list[str]]:
             if line.startswith("error: "):
                 errors.append(line.removeprefix("error: ").strip())
             console.say(f"{name} | {line.rstrip()}")
-        return child.wait(), errors
+        code = child.wait()
+        return (128 - code if code < 0 else code), errors  # a signal that came before the run could hear it
 
 
 @contextmanager

@@ -65,10 +65,11 @@ class Run:
     """Called before step 1 (with 0) and after each step: settings that need less memory, None to go on as it is."""
     stop: StopRequest = field(default_factory=StopRequest)
     save_seconds: float = 0.0
-    trained: Trained = field(init=False)
+    trained: Trained = None  # type: ignore[assignment]  # made below, once for a model: a copy of the run keeps it
 
     def __post_init__(self) -> None:
-        self.trained = Trained(self.model)
+        if self.trained is None:
+            self.trained = Trained(self.model)
 
 
 def _set(value: T | None) -> T:
@@ -176,7 +177,8 @@ def rehearse(run: Run, steps: int) -> None:
     accumulate(
         run.model, run.head, packs, seed=config.seed, step=step, checkpointed=config.checkpointed_layers or 0
     )  # fmt: skip
-    run.model.zero_grad(set_to_none=True)
+    for parameter in run.trained.parameters.values():
+        parameter.grad = None
 
 
 def _packs_of(run: Run, numbers: Sequence[int]) -> list[tuple[int, list[int]]]:
