@@ -129,7 +129,7 @@ def wrong_inputs() -> list[tuple[str, str]]:
     """(arguments of train after MODEL DATA --out OUT, what the last error line says)."""
     return [
         ("--rnk 3", r"lorafit train: No such option '--rnk'.*; see lorafit train --help"),
-        ("--use-dora", r"lorafit train: No such option '--use-dora'.*; see lorafit train --help"),
+        ("--use-nothing", r"lorafit train: No such option '--use-nothing'.*; see lorafit train --help"),
         ("--share-prefix auto", r"lorafit train: No such option '--share-prefix'; see lorafit train --help"),
         ("--rank", r"lorafit train: Option '--rank' requires an argument; see lorafit train --help"),
         ("--rank x", r"lorafit train: Invalid value for '--rank': 'x' .*; see lorafit train --help"),

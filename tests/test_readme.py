@@ -79,7 +79,7 @@ def test_the_python_runs_as_it_stands(folder, tmp_path, monkeypatch, capsys):
         (tmp_path / name).symlink_to(folder / name)
     (snippet,) = blocks("python")
     (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
-    own = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)})
+    own = nn.ModuleDict({"q_proj": nn.Linear(16, 16), "v_proj": nn.Linear(16, 16)})
     runpy.run_path(str(tmp_path / "snippet.py"), {"any_torch_module": own})
     report = json.loads((tmp_path / "runs" / "mine" / "report.json").read_text())
     planned, losses = capsys.readouterr().out.splitlines()

@@ -165,3 +165,11 @@ def test_the_learning_rate_has_its_rule():
 def test_max_length_is_the_longest_row():
     """As the reader of the data found it, up to the model's context."""
     assert settled(longest=77)[0].config.max_length == 77
+
+
+def test_pissa_gets_a_tenth_of_the_rate():
+    """The rule's rate divided by ten, and the output says so; a rate that is given stays."""
+    plain, pissa = (settled(init=init)[0] for init in ("default", "pissa"))
+    assert pissa.config.lr == plain.config.lr / 10
+    assert pissa.origin["lr"] == plain.origin["lr"] + ", / 10 for PiSSA"
+    assert settled(init="pissa", lr=0.5)[0].config.lr == 0.5

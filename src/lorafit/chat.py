@@ -20,7 +20,7 @@ from lorafit.data.chat import encode_prompt
 from lorafit.errors import ConfigError, ModelError
 from lorafit.model.generate import tokens
 from lorafit.model.load import Base
-from lorafit.use import check_temperature, open_base, put_on, say_template, templated
+from lorafit.use import check_temperature, learn_tokens, open_base, put_on, say_template, templated
 
 Message = dict[str, Any]
 HELP = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
@@ -100,6 +100,8 @@ def chat(
         raise ConfigError("--compare", "needs an adapter to compare the base with", "give --adapter DIR")
     check_temperature(temperature)
     base = open_base(templated(config, adapter))
+    if adapter:
+        learn_tokens(base, adapter)
     say_template(base.tokenizer)
     for note in put_on(base.model, config.model, adapter) if adapter else []:
         console.say(note)

@@ -21,7 +21,18 @@ from lorafit.errors import ConfigError, LorafitError
 
 PATHS = ("model", "data", "out")
 SPINS = "1000"
-METAVARS = {"eval": "DATA", "targets": "NAMES", "report_to": "NAMES", "template": "FILE", "init_adapter": "DIR"}
+METAVARS = {
+    "eval": "DATA",
+    "targets": "NAMES",
+    "report_to": "NAMES",
+    "template": "FILE",
+    "init_adapter": "DIR",
+    "rank_pattern": "NAME=RANK,...",
+    "alpha_pattern": "NAME=ALPHA,...",
+    "modules_to_save": "NAMES",
+    "train_tokens": "TOKENS",
+    "new_tokens": "TOKENS",
+}
 WORDS = """MODEL is a .gguf file or a Hugging Face folder. DATA is .jsonl, .json, .csv or .txt files, or folders of
 them. --debug with any command shows tracebacks."""
 METRICS_HELP = """Also measure answers, separated by commas: exact and normalised match, choice (the likeliest of a

@@ -25,7 +25,26 @@ from lorafit.errors import ConfigError, Faults, LorafitError
 
 MAX_YAML_BYTES = 1 << 20
 TRACKERS = ("jsonl", "tensorboard", "wandb", "mlflow", "trackio")
-ADAPTER_ONLY = ("rank", "alpha", "dropout", "targets", "init_adapter")  # what means nothing with --method full
+TAKEN_OVER = (
+    "init",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "bias",
+    "modules_to_save",
+    "train_tokens",
+    "new_tokens",
+)  # from --init-adapter
+ADAPTER_ONLY = (
+    "rank",
+    "alpha",
+    "dropout",
+    "targets",
+    "init_adapter",
+    "lora_plus_ratio",
+    *TAKEN_OVER,
+)  # what means nothing with --method full
 
 
 @dataclass(frozen=True)
@@ -51,7 +70,28 @@ class TrainConfig:
     """Layers that get an adapter: all-linear, attention, mlp, experts, or names and globs, separated by commas.
     experts = a mixture's stacks of experts, each expert with its own adapter; all-linear does not include them."""
     init_adapter: str | None = None
-    """Adapter folder to go on from; its rank, alpha and targets are taken over. Default: a new adapter."""
+    """Adapter folder to go on from; its rank, alpha, targets and kind are taken over. Default: a new adapter."""
+    init: Literal["default", "pissa", "loftq"] = "default"
+    """How a new adapter starts: as no change (default), from the largest singular part of each matrix (pissa), or from
+    what 4 bits took away (loftq, with --base nf4)."""
+    use_rslora: bool = False
+    """Scale the adapter by alpha / sqrt(rank), which holds high ranks down less. Default: by alpha / rank."""
+    use_dora: bool = False
+    """Also train the length of each row of the adapted weights (DoRA); slower. Default: LoRA alone."""
+    lora_plus_ratio: float = 1.0
+    """How many times A's learning rate B has (LoRA+); its paper suggests 16, with a lower --lr."""
+    rank_pattern: tuple[str, ...] = ()
+    """Ranks of some layers: NAME=RANK, separated by commas; names, paths or globs. Default: --rank everywhere."""
+    alpha_pattern: tuple[str, ...] = ()
+    """Alphas of some layers, the same way. Default: --alpha everywhere."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that are trained: none, those of all linear layers, or those of adapted layers."""
+    modules_to_save: tuple[str, ...] = ()
+    """Of embed_tokens and lm_head, those that are trained whole and saved with the adapter. Default: none."""
+    train_tokens: tuple[str, ...] = ()
+    """Tokens of the vocabulary whose embeddings are trained, by their text. Default: none."""
+    new_tokens: tuple[str, ...] = ()
+    """Texts that become tokens of their own, saved with the adapter; their embeddings are trained. Default: none."""
 
     base: Literal["auto", "bf16", "fp32", "nf4", "int8", "packed"] = "auto"
     """How the frozen weights are stored: 16 or 32 bits, 4 bits (nf4), 8 bits (int8), or as the model's file has them
@@ -153,6 +193,10 @@ class TrainConfig:
             positive("alpha"),
             within("dropout", 0, 0.99),
             ("report_to", self._unknown_tracker()),
+            positive("lora_plus_ratio"),
+            self._pattern_fault("rank_pattern"),
+            self._pattern_fault("alpha_pattern"),
+            *((name, self._taken_over(name)) for name in TAKEN_OVER),
             ("targets", None if self.targets else ("is empty", "name at least one layer, or all-linear")),
             at_least("threads", 1),
             positive("lr"),
@@ -177,6 +221,26 @@ class TrainConfig:
     def _unknown_tracker(self) -> tuple[str, str] | None:
         unknown = [name for name in self.report_to if name not in TRACKERS]
         return (f"{unknown[0]} is no tracker", f"there are {', '.join(TRACKERS)}") if unknown else None
+
+    def _pattern_fault(self, name: str) -> tuple[str, tuple[str, str] | None]:
+        whole = name == "rank_pattern"
+        for entry in getattr(self, name):
+            layer, _, text = entry.partition("=")
+            number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) else 0.0
+            if not layer or number <= 0 or (whole and (number != int(number) or number > 4096)):
+                return name, (f"holds {entry}", f"give NAME={'RANK, 1 to 4096' if whole else 'ALPHA, above 0'}")
+        return name, None
+
+    def _taken_over(self, name: str) -> tuple[str, str] | None:
+        given = self.init_adapter is not None and getattr(self, name) != type(self).__dataclass_fields__[name].default
+        told = f"is {getattr(self, name)}, and --init-adapter has its own start and kind"
+        return (told, "leave one of them out") if given else None
+
+
+def pattern(entries: tuple[str, ...]) -> dict[str, float]:
+    """NAME=NUMBER entries of a setting as a mapping, in their order."""
+    pairs = (entry.partition("=") for entry in entries)
+    return {name: float(number) for name, _, number in pairs}
 
 
 def bytes_of(text: str) -> int:

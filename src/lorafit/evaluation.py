@@ -8,6 +8,7 @@ from typing import Any
 
 from lorafit import console
 from lorafit.adapter.attach import detach
+from lorafit.adapter.file import tokens_of
 from lorafit.config import TrainConfig
 from lorafit.data.tokens import TokenRow
 from lorafit.errors import ConfigError, NonFiniteError
@@ -52,6 +53,10 @@ def evaluate(
     wanted = read_metrics(metrics, exact_match)
     if labels is not None and "choice" not in wanted:
         raise ConfigError("--labels", "are for --metrics choice", "ask for it, or leave them out")
+    for folder in adapters:
+        if tokens_of(folder):
+            what = "adds tokens, and the base cannot be measured with them"
+            raise ConfigError(f"--adapter {folder}", what, "see its run's report, which has both losses")
     if len(adapters) == 1:  # several are compared on the same tokens, the model's own
         config = templated(config, adapters[0])
     loaded = open_base(config)

@@ -62,6 +62,7 @@ def base_of(quantised: bool) -> dict[str, str]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
+    from lorafit.adapter.peft_config import in_words
     from lorafit.errors import AdapterError
     from lorafit.formats.safetensors import open_file
     from lorafit.frozen.fingerprint import digest
@@ -73,6 +74,7 @@ def _adapter(path: Path) -> dict[str, Any]:
     return {
         "kind": "adapter",
         "base": config.get("base_model_name_or_path"),
+        "method": about.get("method") or in_words(config),
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
         "target_modules": config.get("target_modules"),

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from lorafit import console, machine, trackers
-from lorafit.adapter.attach import adapted_layers, attach
+from lorafit.adapter.attach import adapted_layers, attach, trained
 from lorafit.adapter.experts import refuse
-from lorafit.adapter.file import load_adapter, save_adapter
-from lorafit.config import Resolved, TrainConfig, field_types, from_values, read_yaml, to_yaml
+from lorafit.adapter.file import load_adapter, save_adapter, tokens_of
+from lorafit.adapter.peft_config import method_of
+from lorafit.adapter.variants.dora import DoraLinear
+from lorafit.config import Resolved, TrainConfig, field_types, from_values, pattern, read_yaml, to_yaml
 from lorafit.data.records import Record
 from lorafit.data.rows import Rows
 from lorafit.data.split import overlap, split
@@ -147,6 +149,7 @@ def read_input(resolved: Resolved, *, resumed: bool = False) -> Input:
     native.use(config.kernels)
     machine.bound_primitives()
     tokenizer = source.tokenizer(read_template(config.template))
+    tokenizer.add(tokens_of(config.init_adapter) if config.init_adapter else config.new_tokens)
     data, records = read_rows(config.data, tokenizer, config, context_of(source))
     if config.eval:
         held, held_records = read_rows(config.eval, tokenizer, config, context_of(source))
@@ -157,7 +160,8 @@ def read_input(resolved: Resolved, *, resumed: bool = False) -> Input:
     if not training:
         raise ConfigError(", ".join(config.data), "leaves no row with a trained token", "raise --max-length")
     shape = configuration(source).to_dict()
-    resolved, plan = settle_for_data(resolved, training, data.max_length, shape)
+    longest = max(data.max_length, held.max_length) if config.eval else data.max_length  # a resumed run cuts no others
+    resolved, plan = settle_for_data(resolved, training, longest, shape)
     before = Held(libraries, machine.memory_bytes() - libraries)
     seen = predict.Rows(training, evaluation)
     resolved, prediction = predict.settle(resolved, plan, of_source(source, shape), seen, before, resumed=resumed)
@@ -172,7 +176,7 @@ def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
     resolved, tokenizer, config = read.resolved, read.tokenizer, read.resolved.config
     base = load_base(read.source, tokenizer, config.base, config.compute, paged=config.paging == "on")
     base = replace(base, head=replace(base.head, chunk=int(config.loss_chunk or base.head.chunk)))
-    machine.settle_allocator(keeps=base.fused < len(decoder_of(base.model).layers))
+    machine.settle_allocator(keeps=base.fused < len(decoder_of(base.model).layers) or config.use_dora)
     buffers.expect(max(int(config.micro_batch_tokens or 1), read.prediction.use.longest))  # one size, no holes
     base_digest = digest(fingerprint(base.model))
     if config.method == "full":
@@ -180,9 +184,7 @@ def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
     elif config.init_adapter:
         _start_from(base, config)
     else:
-        attach(
-            base.model, config.rank, config.alpha, config.targets, dropout=config.dropout, seed=config.seed
-        )  # fmt: skip
+        _attach(base, read.source, config)
     identity = _identity(config, base_digest, tokenizer)
     rows = read.data, read.training, read.evaluation
     return Job(resolved, read.plan, base, *rows, identity, read.prediction, read.source.bytes_by_format())
@@ -361,6 +363,7 @@ def _warn_overlap(records: list[Record], held: list[Record]) -> None:
 
 def _start_from(base: Base, config: TrainConfig) -> None:
     """Go on from an adapter on disk; its shapes rule, and this run's dropout."""
+    base.model.new_tokens = base.tokenizer.added  # type: ignore[assignment]
     for note in load_adapter(base.model, str(config.init_adapter)):
         console.say(note)
     layers = dict(adapted_layers(base.model))
@@ -370,10 +373,50 @@ def _start_from(base: Base, config: TrainConfig) -> None:
         layer.adapter.dropout.p = config.dropout
 
 
+def _attach(base: Base, source: WeightSource, config: TrainConfig) -> None:
+    """A new adapter, of the kind that the settings say."""
+    if config.init == "loftq" and config.base != "nf4":
+        raise ConfigError("--init", f"is loftq, and the base is in {config.base}", "give --base nf4")
+
+    def original(path: str) -> torch.Tensor:
+        name = f"{path}.weight"
+        if source.format(name) == "NF4":
+            raise ConfigError(
+                "--init", f"is loftq, and {source.place} holds 4 bits only", "give the model it came from"
+            )
+        return source.load(name)
+
+    attach(
+        base.model,
+        config.rank,
+        config.alpha,
+        config.targets,
+        dropout=config.dropout,
+        seed=config.seed,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        init=config.init,
+        rank_pattern={name: int(value) for name, value in pattern(config.rank_pattern).items()},
+        alpha_pattern=pattern(config.alpha_pattern),
+        bias=config.bias,
+        modules_to_save=config.modules_to_save,
+        token_ids=[_token_id(base.tokenizer, token) for token in (*config.train_tokens, *config.new_tokens)],
+        new_tokens=config.new_tokens,
+        originals=original,
+    )
+
+
+def _token_id(tokenizer: TextTokenizer, token: str) -> int:
+    number = tokenizer.backend.token_to_id(token)
+    if number is None:
+        raise ConfigError("--train-tokens", f"{token!r} is no token of the model", "give tokens that it has")
+    return int(number)
+
+
 def _identity(config: TrainConfig, base: str, tokenizer: TextTokenizer) -> dict[str, Any]:
     """What must be equal for a run to go on: contents by hash, settings by value."""
-    settings = {name: getattr(config, name) for name in field_types() if name not in ASIDE}
-    settings["targets"] = list(config.targets)
+    values = {name: getattr(config, name) for name in field_types() if name not in ASIDE}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     files = {"data": config.data, "evaluation": config.eval}
     init = Path(config.init_adapter or "") / "adapter_model.safetensors"
     return {
@@ -438,7 +481,7 @@ def _describe(job: Job) -> None:
     """What is about to happen, and every value that was chosen rather than given."""
     config, counts = job.resolved.config, job.data.counts
     layers, full = list(adapted_layers(job.base.model)), config.method == "full"
-    trainable = sum(p.numel() for p in job.base.model.parameters() if p.requires_grad)
+    trainable = sum(parameter.numel() for parameter in trained(job.base.model).values())
     told = "all weights trained" if full else f"{len(layers)} layers adapted"
     console.say(f"model     {config.model}: {job.base.model.config.model_type}, {told}")
     if job.base.part_of:
@@ -448,7 +491,7 @@ def _describe(job: Job) -> None:
     if full:
         _describe_full(trainable, job.source_formats, out=Path(config.out))
     else:
-        console.say(f"adapter   rank {config.rank}, alpha {config.alpha:g}, {trainable:,} parameters")
+        console.say(f"adapter   {method_of(job.base.model)}, {trainable:,} parameters")
     console.say(f"steps     {job.plan.steps} of {config.batch_size} rows")
     for name in ("lr", "base", "compute"):
         console.say(f"{name:<9} {getattr(config, name)}  ({job.resolved.origin.get(name, 'default')})")
@@ -458,7 +501,9 @@ def _describe(job: Job) -> None:
     console.say(f"weights   {', '.join(sizes)}; kernels {native.describe()[0]}")
     if config.packing == "off":
         console.say(f"packing   off  ({job.resolved.origin.get('packing', 'default')})")
-    if not job.base.fused:
+    if any(isinstance(layer, DoraLinear) for _, layer in layers):
+        console.say("layers    transformers' own where DoRA is: it needs outputs that the fused ones do not keep")
+    elif not job.base.fused:
         console.say(f"layers    transformers' own: {job.base.model.config.model_type} has no fused ones here")
     if config.checkpointed_layers:
         console.say(

@@ -16,6 +16,7 @@ from lorafit.training.loop import Plan
 from lorafit.training.optim import auto_lr
 
 SMALL_DATA = 500  # rows
+PISSA = 10  # its paper's rate is a tenth of LoRA's; SmolLM2, WikiSQL, 6 steps: held out 0.80 without, 0.47 with it
 
 
 def settle_for_machine(resolved: Resolved, quantised: bool = False) -> Resolved:
@@ -86,6 +87,8 @@ def settle_for_data(
     steps = min(wanted + ([] if config.max_steps is None else [config.max_steps]))
     if config.lr is None:
         lr, rule = auto_lr(str(model["model_type"]), int(model["hidden_size"]), steps, config.method)
+        if config.init == "pissa":  # its A and B start large, so that a step of equal size changes far more
+            lr, rule = lr / PISSA, f"{rule}, / {PISSA} for PiSSA"
         resolved = resolved.settle("lr", lr, f"auto: {rule}")
     if config.save_every is None:
         resolved = resolved.settle("save_every", max(1, math.ceil(steps / 10)), "auto: a tenth of the run")

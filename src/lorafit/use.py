@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lorafit import console
-from lorafit.adapter.file import TEMPLATE_FILE, load_adapter
+from lorafit.adapter.file import TEMPLATE_FILE, load_adapter, tokens_of
 from lorafit.config import Resolved, TrainConfig, from_values
 from lorafit.data.chat import encode_prompt
 from lorafit.data.records import Record, read_records
@@ -54,10 +54,11 @@ def load(model: str | Path, adapter: str | Path | None = None, base: str = "auto
     values = from_values({"model": str(model), "base": base, "compute": compute}, "lorafit.load")
     opened = open_base(TrainConfig(**values))
     loaded: Any = opened.model
-    loaded.tokenizer = as_transformers(opened.tokenizer)
     if adapter is not None:
+        learn_tokens(opened, adapter)
         for note in put_on(loaded, model, adapter):
             console.say(note)
+    loaded.tokenizer = as_transformers(opened.tokenizer)
     return loaded.eval()
 
 
@@ -68,6 +69,13 @@ def put_on(model: nn.Module, base: str | Path, adapter: str | Path) -> list[str]
 
         return put_gguf_adapter(model, Path(base), Path(adapter))
     return load_adapter(model, adapter)
+
+
+def learn_tokens(opened: Base, adapter: str | Path) -> None:
+    """Give a base's tokenizer the tokens that an adapter adds, before anything is encoded for it."""
+    if Path(adapter).is_dir():
+        opened.tokenizer.add(tokens_of(adapter))
+        opened.model.new_tokens = opened.tokenizer.added  # type: ignore[assignment]
 
 
 def preview(config: TrainConfig, *, count: int | None, as_json: bool) -> int:
@@ -138,6 +146,8 @@ def answer(
     if system is not None and any(record.messages is None for record in records):
         raise ConfigError("--system", f"{file} holds text, not conversations", "leave it out")
     loaded = open_base(templated(config, adapter))
+    if adapter:
+        learn_tokens(loaded, adapter)
     say_template(loaded.tokenizer)
     context = int(loaded.model.config.max_position_embeddings)
     prompts = encode_all(records, system, loaded.tokenizer, context)

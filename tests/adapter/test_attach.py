@@ -95,8 +95,8 @@ def test_attaching_twice_is_refused():
 
 def test_the_start_depends_on_seed_and_path_alone():
     """The same seed gives the same A whatever else is adapted."""
-    few, all_ = lorafit.attach(Toy(), rank=2, targets=["up_proj"], seed=5), lorafit.attach(Toy(), rank=2, seed=5)
-    other = lorafit.attach(Toy(), rank=2, seed=6)
+    few, all_ = lorafit.attach(Toy(), 4, targets=["up_proj"], seed=5), lorafit.attach(Toy(), 4, seed=5)
+    other = lorafit.attach(Toy(), 4, seed=6)
     a = [dict(adapted_layers(m))["blocks.1.up_proj"].adapter.A for m in (few, all_, other)]
     assert a[0].shape == a[1].shape
     assert torch.equal(a[0], a[1])
@@ -107,7 +107,7 @@ def test_detach_gives_the_base_back_and_disabling_its_output():
     """After detach no trace is left; disabled, the output is the base's."""
     toy, x = Toy(), torch.randn(4, 8)
     before, paths = toy(x), list(linear_layers(toy))
-    lorafit.attach(toy, rank=2)
+    lorafit.attach(toy, rank=4)
     for _, layer in adapted_layers(toy):
         nn.init.normal_(layer.adapter.B)
     assert not torch.equal(toy(x), before)

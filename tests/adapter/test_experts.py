@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from builders.models import frozen, tiny_model
-from lorafit.adapter.attach import adapted_layers, attach, detach, linear_layers, select
-from lorafit.adapter.experts import LoraRouter, LoraStack, expert_layers, refuse, routers
+from lorafit.adapter.attach import adapted_layers, attach, detach, linear_layers, select, trained
+from lorafit.adapter.experts import LoraRouter, LoraStack, expert_layers, routers
 from lorafit.errors import ConfigError
+from lorafit.training.trained import Trained
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 88, 120]])
 
@@ -49,7 +50,9 @@ def test_a_glob_that_catches_the_router_is_refused(model):
 
 def test_experts_of_a_dense_model_do_not_exist(tmp_path):
     """The error names what the model has."""
-    with pytest.raises(ConfigError, match="--targets: experts matches no experts; this model has down_proj, gate_proj"):
+    with pytest.raises(
+        ConfigError, match="--targets: experts matches no experts; this model has down_proj, embed_tokens"
+    ):
         attach(frozen(tiny_model("llama"), tmp_path).model, targets=["experts"])
 
 
@@ -103,16 +106,47 @@ def test_adapters_start_by_seed_and_path_and_come_off_again(tmp_path):
         assert torch.equal(model(input_ids=IDS).logits, want)
 
 
-def test_dropout_and_dora_on_experts_are_refused(model):
-    """One line each, before anything is attached; linear layers alone may have dropout."""
-    with pytest.raises(
-        ConfigError, match=r"--dropout: 0.1 cannot be put on experts, such as model.layers.0.mlp.experts"
-    ):
-        attach(model, targets=["all-linear", "experts"], dropout=0.1)
-    assert not list(adapted_layers(model))
-    with pytest.raises(ConfigError, match="--use-dora: True cannot be put on experts"):
-        refuse(model, select(model, ["experts"]), "--use-dora", True)
-    attach(model, targets=["all-linear"], dropout=0.1)
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("dropout", 0.1, "dropout"),
+        ("use_dora", True, "use-dora"),
+        ("init", "pissa", "init"),
+        ("init", "loftq", "init"),
+        ("bias", "lora_only", "bias"),
+    ],
+)
+def test_what_is_not_made_for_experts_is_refused(option, value, name, model):
+    """One line each, before anything is attached; linear layers alone may have it."""
+    for targets, where in (("experts", "experts, such as model.layers.0.mlp.experts"),
+                           ("gate", "what routes to experts, such as model.layers.0.mlp.gate")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"--{name}: {value} cannot be put on {where}"):
+            attach(model, rank=2, targets=["all-linear", targets], **{option: value})
+        assert not list(adapted_layers(model))
+    if option != "bias":
+        attach(model, rank=2, targets=["attention"], **{option: value}, originals=None)
+
+
+def test_a_checkpoint_holds_experts_and_routers(model):
+    """A and B of stacks and routers are in the state, and come back from it."""
+    attach(model, rank=2, targets=["experts", "gate"])
+    held = {name: tensor.detach().clone() for name, tensor in Trained(model).state().items()}
+    layers = dict(adapted_layers(model))
+    assert held.keys() == {f"{path}.{half}" for path in layers for half in "AB"}
+    for parameter in trained(model).values():
+        nn.init.normal_(parameter)
+    Trained(model).load(held)
+    for path, layer in layers.items():
+        assert torch.equal(layer.adapter.A, held[f"{path}.A"])
+        assert not layer.adapter.B.any()
+
+
+def test_dora_beside_experts_that_peft_could_not_read_is_refused(tmp_path):
+    """PEFT knows a shared expert's matrices as parameters, on which it has no DoRA; attention can have it."""
+    model = frozen(tiny_model("qwen2_moe"), tmp_path).model
+    with pytest.raises(ConfigError, match=r"--use-dora: cannot be put on .*mlp.shared_expert.*give --targets"):
+        attach(model, rank=2, use_dora=True)
+    attach(model, rank=2, targets=["attention"], use_dora=True)
 
 
 def test_an_adapter_is_attached_once(model):

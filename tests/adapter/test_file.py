@@ -174,13 +174,13 @@ CONFIG_FAULTS = {
     "text rank": ({"r": "8"}, "r: is '8'"),
     "other rank": ({"r": 8}, "rank 8 on this model needs"),
     "nan alpha": ({"lora_alpha": math.nan}, "lora_alpha: is nan"),
-    "dora": ({"use_dora": True}, "use_dora: True is not supported"),
-    "bias": ({"bias": "all"}, "bias: 'all' is not supported"),
-    "saved modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "dora": ({"use_dora": True}, "lora_magnitude_vector: is missing"),
+    "bias": ({"bias": "some"}, "bias: 'some' is not supported"),
+    "saved modules": ({"modules_to_save": ["score"]}, "modules_to_save: score is no embedding or head"),
     "other kind": ({"peft_type": "IA3"}, "only LORA adapters"),
     "regex": ({"rank_pattern": {"(a+)+$": 4}}, "is a regular expression"),
     "regex alpha": ({"alpha_pattern": {"layers\\.[0-9]+": 4}}, "is a regular expression"),
-    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4'"),
 }
 
 

@@ -10,22 +10,23 @@ import torch
 from torch import nn
 
 from lorafit.adapter.attach import adapted_layers, attach
+from lorafit.adapter.dropout import PlacedDropout
+from lorafit.adapter.experts import put_on_experts
+from lorafit.adapter.lora import LoraAdapter, LoraLinear
 from lorafit.adapter.merge import EMBEDDING, HEAD, changes, low_rank, put_factors
+from lorafit.adapter.variants.dora import DoraLinear
+from lorafit.adapter.variants.vocabulary import LoraEmbedding, TokenEmbedding, WholeEmbedding, WholeLinear
 from lorafit.errors import AdapterError
+from lorafit.frozen.dense import DenseWeight
+from lorafit.frozen.stack import FrozenStack
 
 
-class Beside(nn.Module):
-    """A layer with something trained beside it, as kinds of adapters make them."""
-
-    def __init__(self, base: nn.Module, **own: object) -> None:
-        super().__init__()
-        self.base, self.enabled = base, True
-        for name, value in own.items():
-            setattr(self, name, value)
-
-
-def pair(outputs: int, inputs: int, rank: int = 3, scale: float = 2.0) -> SimpleNamespace:
-    return SimpleNamespace(A=torch.randn(rank, inputs), B=torch.randn(outputs, rank), scale=scale)
+def pair(outputs: int, inputs: int, rank: int = 3, alpha: float = 6.0) -> LoraAdapter:
+    """An adapter with random A and B."""
+    adapter = LoraAdapter(inputs, outputs, rank, alpha, PlacedDropout())
+    for matrix in adapter.parameters():
+        nn.init.normal_(matrix)
+    return adapter
 
 
 def holder(path: str, layer: nn.Module, tied: bool = False) -> nn.Module:
@@ -74,8 +75,12 @@ def test_dora_is_what_peft_merges():
         magnitude.mul_(1.5)
     base = nn.Linear(6, 4)
     base.load_state_dict(layer.base_layer.state_dict())
-    own = SimpleNamespace(A=layer.lora_A["default"].weight, B=layer.lora_B["default"].weight, scale=3.0)
-    model = holder("up", Beside(base, adapter=own, magnitude=magnitude))
+    own = DoraLinear(base, pair(4, 6, rank=2))
+    with torch.no_grad():
+        own.adapter.A.copy_(layer.lora_A["default"].weight)
+        own.adapter.B.copy_(layer.lora_B["default"].weight)
+        own.magnitude.copy_(magnitude)
+    model = holder("up", own)
     want = theirs.merge_and_unload()[0].weight
     got = base.weight.detach() + changes(model)["up.weight"](base.weight.detach())
     torch.testing.assert_close(got, want.detach())
@@ -85,14 +90,18 @@ def test_dora_is_what_peft_merges():
 def test_biases_whole_matrices_and_rows_take_the_places():
     """A trained bias or matrix replaces the base's; trained rows of some tokens replace those and no others."""
     torch.manual_seed(0)
-    bias, matrix, rows = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(9, 4)), nn.Parameter(torch.randn(2, 4))
-    found = changes(holder("up", Beside(nn.Linear(6, 4), adapter=pair(4, 6), bias=bias)))
+    matrix, rows = nn.Parameter(torch.randn(9, 4)), nn.Parameter(torch.randn(2, 4))
+    layer = LoraLinear(nn.Linear(6, 4), pair(4, 6))
+    layer.train_bias()
+    nn.init.normal_(layer.bias)
+    found = changes(holder("up", layer))
     old = torch.randn(4)
-    torch.testing.assert_close(old + found["up.bias"](old), bias.detach())
+    torch.testing.assert_close(old + found["up.bias"](old), layer.bias.detach())
+    assert set(found) == {"up.bias", "up.weight"}
     weight = torch.randn(9, 4)
-    found = changes(holder("lm_head", Beside(nn.Linear(4, 9), matrix=matrix)))
+    found = changes(holder("lm_head", WholeLinear(nn.Linear(4, 9), matrix)))
     torch.testing.assert_close(weight + found[HEAD](weight), matrix.detach())
-    found = changes(holder("model.embed_tokens", Beside(nn.Embedding(9, 4), rows=rows, ids=(7, 2))))
+    found = changes(holder("model.embed_tokens", TokenEmbedding(nn.Embedding(9, 4), rows, (7, 2), rows.detach())))
     moved = weight + found[EMBEDDING](weight)
     torch.testing.assert_close(moved[[7, 2]], rows.detach())
     assert torch.equal(moved[[0, 1, 3, 4, 5, 6, 8]], weight[[0, 1, 3, 4, 5, 6, 8]])
@@ -101,33 +110,38 @@ def test_biases_whole_matrices_and_rows_take_the_places():
 def test_experts_and_embeddings_have_their_own_layout():
     """Experts one by one, inputs first where the base's are; an embedding's update is that of its rows."""
     torch.manual_seed(0)
-    stack = SimpleNamespace(A=torch.randn(5, 3, 6), B=torch.randn(5, 4, 3), scale=0.5)
     for transposed in (False, True):
-        base = nn.Linear(6, 4)
-        base.transposed = transposed
-        found = changes(holder("mlp.experts.down_proj", Beside(base, adapter=stack)))["mlp.experts.down_proj"]
-        want = 0.5 * torch.einsum("eor,eri->eio" if transposed else "eor,eri->eoi", stack.B, stack.A)
+        weight = DenseWeight(torch.randn(20, 6))
+        base = FrozenStack(5, [((weight,), slice(0, 4))], transposed=transposed)
+        layer = put_on_experts(base, rank=3, alpha=1.5)
+        for matrix in layer.parts().values():
+            nn.init.normal_(matrix)
+        found = changes(holder("mlp.experts.down_proj", layer))["mlp.experts.down_proj"]
+        A, B = (factor.detach() for factor in layer.adapter.factors())
+        want = 0.5 * torch.einsum("eor,eri->eio" if transposed else "eor,eri->eoi", B, A)
         torch.testing.assert_close(found(torch.zeros_like(want)), want)
     own = pair(4, 9)
-    model = holder("model.embed_tokens", Beside(nn.Embedding(9, 4), adapter=own))
+    model = holder("model.embed_tokens", LoraEmbedding(nn.Embedding(9, 4), own))
     ids = torch.tensor([3, 8])
     update = changes(model)[EMBEDDING](torch.zeros(9, 4))
-    torch.testing.assert_close(update[ids], own.scale * (own.B @ own.A[:, ids]).T)
+    torch.testing.assert_close(update[ids], own.scale * (own.B @ own.A[:, ids]).detach().T)
     assert low_rank(model) == {}
 
 
 def test_ties():
     """Trained whole, embedding and head stay one matrix; LoRA on a tied embedding leaves the head as it was."""
     matrix = nn.Parameter(torch.randn(9, 4))
-    model = holder("model.embed_tokens", Beside(nn.Embedding(9, 4), matrix=matrix), tied=True)
-    put(model, "lm_head", Beside(nn.Linear(4, 9), matrix=matrix))
+    model = holder("model.embed_tokens", WholeEmbedding(nn.Embedding(9, 4), matrix), tied=True)
+    put(model, "lm_head", WholeLinear(nn.Linear(4, 9), matrix))
     assert set(changes(model)) == {EMBEDDING}
-    model = holder("model.embed_tokens", Beside(nn.Embedding(9, 4), adapter=pair(4, 9)), tied=True)
+    model = holder("model.embed_tokens", LoraEmbedding(nn.Embedding(9, 4), pair(4, 9)), tied=True)
     assert set(changes(model)) == {EMBEDDING, HEAD}
     assert not changes(model)[HEAD](torch.randn(9, 4)).any()
 
 
-def test_an_unknown_kind_is_refused():
-    """What is not known cannot be left out in silence."""
-    with pytest.raises(AdapterError, match="up: is a Beside, which is not merged"):
-        changes(holder("up", Beside(nn.Linear(6, 4))))
+def test_new_tokens_are_refused():
+    """A base has no rows for tokens that the adapter adds: they are not left out in silence."""
+    model = holder("up", LoraLinear(nn.Linear(6, 4), pair(4, 6)))
+    model.new_tokens = ("<one>",)
+    with pytest.raises(AdapterError, match="adapter: adds 1 tokens"):
+        changes(model)

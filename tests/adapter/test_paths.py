@@ -10,7 +10,7 @@ from torch import nn
 
 import lorafit
 from lorafit.adapter.attach import adapted_layers
-from lorafit.adapter.file import file_path, own_path
+from lorafit.adapter.peft_config import file_path, own_path
 
 
 class Text(nn.Module):

@@ -8,7 +8,7 @@ from torch import nn
 
 from builders.models import FAMILIES, frozen, tiny_model
 from builders.rows import random_rows
-from lorafit.adapter.attach import adapted_layers, attach
+from lorafit.adapter.attach import adapted_layers, attach, enable_adapter
 from lorafit.data.batch import pack_rows
 from lorafit.model import buffers
 from lorafit.model.fused import FUSED_TYPES, FusedLayer
@@ -181,3 +181,42 @@ def test_every_buffer_comes_back_after_a_step(tmp_path):
             assert buffers.taken() == before
             sizes.append(buffers.free_bytes())
         assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("options", [{"targets": ("lm_head",)}, {"targets": ("model.layers.1.*",)}, {"token_ids": [5]}])
+def test_buffers_come_back_whatever_is_trained(options, tmp_path):
+    """Only the head, only the upper layers, the embedding below the first: no layer's buffers stay taken."""
+    before = buffers.taken()
+    base = frozen(tiny_model("llama"), tmp_path)
+    attach(base.model, rank=4, **options)
+    base.model.train()
+    packs = pack_rows(random_rows([11, 3, 40, 8]), range(4), 50)
+    for checkpointed in (0, 1):
+        accumulate(base.model, base.head, packs, seed=1, step=2, checkpointed=checkpointed)
+        assert buffers.taken() == before
+
+
+def test_layers_with_dora_are_the_originals(tmp_path):
+    """A layer with DoRA on one of its matrices is transformers' own, the other one is ours; switched off, both are."""
+    base = frozen(tiny_model("llama"), tmp_path)
+    attach(base.model, rank=2, targets=["model.layers.1.self_attn.q_proj"], use_dora=True)
+    angles = torch.zeros(1, 4, 8)
+    assert [layer._fits(angles) for layer in layers_of(base.model)] == [True, False]
+    enable_adapter(base.model, False)
+    assert [layer._fits(angles) for layer in layers_of(base.model)] == [True, True]
+
+
+def test_originals_are_computed_twice_too(tmp_path):
+    """Layers with DoRA that are checkpointed run again in the backward pass, with the same gradients."""
+    base = frozen(tiny_model("llama"), tmp_path)
+    attach(base.model, rank=2, use_dora=True)
+    base.model.train()
+    packs, calls, found = pack_rows(random_rows([11, 9]), range(2), 50), [], []
+    base.model.model.layers[0].mlp.down_proj.adapter.register_forward_hook(lambda *_: calls.append(1))
+    for layers in (0, 2):
+        base.model.zero_grad()
+        calls.clear()
+        accumulate(base.model, base.head, packs, checkpointed=layers)
+        found.append(({n: p.grad.clone() for n, p in base.model.named_parameters() if p.grad is not None}, len(calls)))
+    assert [count for _, count in found] == [1, 2]
+    assert all(torch.equal(gradient, found[1][0][name]) for name, gradient in found[0][0].items())

@@ -15,6 +15,7 @@ from lorafit.training.optim import (
     lr_at,
     make_optimizer,
     optimizer_tensors,
+    set_lr,
 )
 
 
@@ -105,3 +106,17 @@ def test_clipping_scales_to_the_norm_and_reports_the_old_one():
     assert torch.equal(parameter.grad, torch.tensor([3.0, 4.0]))
     assert math.isclose(clip_gradient([parameter], 1.0), 5.0)
     assert torch.allclose(parameter.grad, torch.tensor([0.6, 0.8]), atol=1e-5)
+
+
+def test_lora_plus_multiplies_the_rate_of_some():
+    """B's rate is the ratio times the others' at every step; with ratio 1 there is one group, as without."""
+    a, b, m = (nn.Parameter(torch.zeros(2)) for _ in "abm")
+    optimizer = make_optimizer([a, b, m], 0.0, faster=[b], ratio=16.0)
+    for lr in (1e-3, 5e-4):
+        set_lr(optimizer, lr)
+        for parameter in (a, b, m):
+            parameter.grad = torch.ones(2)
+        optimizer.step()
+    assert torch.allclose(a, m)
+    assert torch.allclose(b, 16 * a, rtol=1e-5)
+    assert len(make_optimizer([a, b, m], 0.0, faster=[b], ratio=1.0).param_groups) == 1

@@ -11,14 +11,14 @@ Source: Hu et al. 2021, arXiv:2106.09685, section 4.1, expert by expert.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorafit.adapter.dropout import PlacedDropout
-from lorafit.adapter.lora import LoraAdapter
+from lorafit.adapter.lora import Adapted, LoraAdapter, pair, scaling
 from lorafit.errors import ConfigError
 from lorafit.frozen.stack import FrozenStack
 
@@ -28,9 +28,12 @@ ROUTERS = ("gate", "router", "shared_expert_gate")  # what stands beside a modul
 class ExpertAdapter(nn.Module):
     """A and B of every expert, fp32. It has no forward pass of its own: `ExpertGroup` computes it."""
 
-    def __init__(self, experts: int, in_features: int, out_features: int, rank: int, alpha: float) -> None:
+    def __init__(
+        self, experts: int, in_features: int, out_features: int, rank: int, alpha: float, use_rslora: bool = False
+    ) -> None:
         super().__init__()
-        self.rank, self.alpha, self.scale = rank, float(alpha), alpha / rank
+        self.rank, self.alpha, self.use_rslora = rank, float(alpha), use_rslora
+        self.scale = scaling(rank, alpha, use_rslora)
         self.A = nn.Parameter(torch.empty(experts, rank, in_features, dtype=torch.float32))
         self.B = nn.Parameter(torch.zeros(experts, out_features, rank, dtype=torch.float32))
         self.dropout = PlacedDropout()  # always 0: see `refuse`
@@ -41,24 +44,39 @@ class ExpertAdapter(nn.Module):
         nn.init.uniform_(self.A, -bound, bound, generator=generator)
         nn.init.zeros_(self.B)
 
+    @property
+    def width(self) -> int:
+        """R, the rank of `factors`."""
+        return self.rank
 
-class LoraStack(nn.Module):
-    """A stack of frozen matrices and the adapter beside it. `enabled` False gives the base model's bits."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (E, r, I) and B (E, O, r)."""
+        return self.A, self.B
+
+
+class LoraStack(Adapted):
+    """A stack of frozen matrices and the adapter beside it."""
+
+    base: FrozenStack
 
     def __init__(self, base: FrozenStack, adapter: ExpertAdapter) -> None:
-        super().__init__()
-        self.base, self.adapter = base, adapter
+        super().__init__(base)
+        self.adapter = adapter
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.enabled = True
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        return pair(self.adapter)
 
 
-class LoraRouter(nn.Module):
+class LoraRouter(Adapted):
     """A module that routes by its `weight`, computed with W + (alpha / r) B A instead, rounded to W's dtype once."""
 
     def __init__(self, base: nn.Module, adapter: LoraAdapter) -> None:
-        super().__init__()
-        self.base, self.adapter = base, adapter
-        self.enabled = True
+        super().__init__(base)
+        self.adapter = adapter
+
+    def parts(self) -> dict[str, nn.Parameter]:
+        return pair(self.adapter)
 
     def forward(self, *arguments: Tensor) -> object:
         if not self.enabled:
@@ -143,18 +161,19 @@ def routers(model: nn.Module) -> list[str]:
     return found
 
 
-def put_on_experts(base: FrozenStack, rank: int, alpha: float) -> LoraStack:
+def put_on_experts(base: FrozenStack, rank: int, alpha: float, use_rslora: bool = False) -> LoraStack:
     """The stack with an adapter on it, whose A has no values yet."""
-    return LoraStack(base, ExpertAdapter(base.experts, base.in_features, base.out_features, rank, alpha))
+    return LoraStack(base, ExpertAdapter(base.experts, base.in_features, base.out_features, rank, alpha, use_rslora))
 
 
-def refuse(model: nn.Module, paths: Iterator[str] | list[str], option: str, value: object) -> None:
-    """Raise ConfigError when one of `paths` is a stack of experts, on which this option's value cannot be honoured.
+def refuse(model: nn.Module, paths: Iterable[str], option: str, value: object) -> None:
+    """Raise ConfigError when one of `paths` is of experts or routes to them, where this option cannot be honoured.
 
-    Dropout of an adapter's input and DoRA's norm are not defined there by PEFT, which would not read such an adapter.
+    PEFT has no dropout, no DoRA and no bias there, and would not read such an adapter.
     """
-    stacks = expert_layers(model)
-    hit = next((path for path in paths if path in stacks), None)
+    stacks, choosing = expert_layers(model), routers(model)
+    hit = next((path for path in paths if path in stacks or path in choosing), None)
     if hit is not None:
-        what = f"{value} cannot be put on experts, such as {hit}"
-        raise ConfigError(option, what, "leave it out, or leave `experts` out of --targets")
+        where, name = ("experts", "experts") if hit in stacks else ("what routes to experts", hit.rsplit(".", 1)[-1])
+        what = f"{value} cannot be put on {where}, such as {hit}"
+        raise ConfigError(option, what, f"leave it out, or leave `{name}` out of --targets")

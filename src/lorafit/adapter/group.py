@@ -4,6 +4,8 @@
 
     dh = dy B,    dx = dy [W1; W2; ...] + dh (s A),    dA = s dh^T x,    dB = dy^T h
 
+A and B are an adapter's `factors`: of PiSSA they have twice the rank, and the gradient of h is folded to A's rows.
+
 x is read once for all W and once for all A. Nothing of W is saved, and no gradient of it computed. Whoever calls keeps
 x and h. A's rows do not ride in W's product: their own runs at the same rate (205 and 214 GFLOP/s a core, measured),
 and a matrix with room for them would be a copy of the base.
@@ -20,7 +22,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, nn
 
-from lorafit.adapter.lora import LoraAdapter, LoraLinear
+from lorafit.adapter.lora import BiasLinear, LoraAdapter, LoraLinear
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenLinear
 from lorafit.frozen.scratch import scratch
@@ -34,41 +36,47 @@ class Part:
     adapter: LoraAdapter
     columns: slice
     low: slice
+    rows: slice
+    """Of A among all A."""
 
 
 class Group:
-    """`layers` (FrozenLinear, or LoraLinear over one) that all take the same input; for one forward and backward pass,
-    between which the adapters do not change."""
+    """`layers` (FrozenLinear, or LoraLinear or BiasLinear over one) that all take the same input; for one forward and
+    backward pass, between which the adapters do not change."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        bases = [layer.base if isinstance(layer, LoraLinear) else layer for layer in layers]
+        bases = [layer.base if isinstance(layer, BiasLinear) else layer for layer in layers]
         self.bases: list[FrozenLinear] = [base for base in bases if isinstance(base, FrozenLinear)]
         assert len(self.bases) == len(layers), "a group has frozen linear layers only"
         self.weights: list[FrozenWeight] = [base.weight for base in self.bases]
         bounds = list(accumulate((weight.out_features for weight in self.weights), initial=0))
         self.columns = [slice(*bound) for bound in pairwise(bounds)]
         self.out_features, self.in_features = bounds[-1], self.weights[0].in_features
+        self.biases = [_bias(layer) for layer in layers]
+        pairs = zip((weight.master for weight in self.weights), self.biases, strict=True)
+        self._trained = [[p for p in pair if isinstance(p, nn.Parameter) and p.requires_grad] for pair in pairs]
         self.parts: list[Part] = []
-        self.rank = 0
+        self.rank = trained = 0
         self._cast: dict[tuple[str, torch.dtype], list[Tensor]] = {}
         for layer, columns in zip(layers, self.columns, strict=True):
             if isinstance(layer, LoraLinear) and layer.enabled:
-                low = slice(self.rank, self.rank + layer.adapter.rank)
-                self.parts.append(Part(layer.adapter, columns, low))
-                self.rank = low.stop
+                low = slice(self.rank, self.rank + layer.adapter.width)
+                rows = slice(trained, trained + layer.adapter.rank)
+                self.parts.append(Part(layer.adapter, columns, low, rows))
+                self.rank, trained = low.stop, rows.stop
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """A and B of each adapter, then each W and bias that is trained, in order."""
-        adapters = [matrix for part in self.parts for matrix in (part.adapter.A, part.adapter.B)]
-        return adapters + [parameter for base in self.bases for parameter in _trained(base)]
+        matrices = [matrix for part in self.parts for matrix in (part.adapter.A, part.adapter.B)]
+        return matrices + [parameter for own in self._trained for parameter in own]
 
     def forward(self, x_TI: Tensor, y_TO: Tensor) -> Tensor:
         """Writes y (T, O) and gives h (T, R), R the ranks' sum; both in x's dtype."""
         self._product(x_TI, y_TO)
-        for base, columns in zip(self.bases, self.columns, strict=True):
-            if base.bias is not None:
-                y_TO[:, columns] += base.bias
+        for bias, columns in zip(self.biases, self.columns, strict=True):
+            if bias is not None:
+                y_TO[:, columns] += bias.to(y_TO.dtype)
         h_TR = self.low(x_TI)
         for part, B in zip(self.parts, self._Bs(x_TI.dtype), strict=True):
             y_TO[:, part.columns].addmm_(h_TR[:, part.low], B.T)
@@ -93,23 +101,25 @@ class Group:
     def backward_adapters(self, grad_TO: Tensor, dh_TR: Tensor, x_TI: Tensor, h_TR: Tensor) -> list[Tensor]:
         """dA and dB of each adapter, in the order of `parameters`, fp32."""
         grads: list[Tensor] = []
-        together = dh_TR.T @ x_TI if self.parts and not self._drops else None
-        for part in self.parts:
-            dropped = part.adapter.dropout
-            dA = dh_TR[:, part.low].T @ dropped(x_TI) if together is None else together[part.low]
-            dB = grad_TO[:, part.columns].T @ h_TR[:, part.low]
+        folded = [part.adapter.fold(dh_TR[:, part.low]) for part in self.parts]
+        plain = all(part.adapter.width == part.adapter.rank for part in self.parts)
+        together = None
+        if self.parts and not self._drops:
+            together = (dh_TR if plain else torch.cat(folded, dim=1)).T @ x_TI
+        for part, dh in zip(self.parts, folded, strict=True):
+            dA = dh.T @ part.adapter.dropout(x_TI) if together is None else together[part.rows]
+            dB = grad_TO[:, part.columns].T @ h_TR[:, part.low][:, : part.adapter.rank]
             grads += [dA.float() * part.adapter.scale, dB.float()]
         return grads
 
     def backward_weights(self, grad_TO: Tensor, x_TI: Tensor) -> list[Tensor]:
         """dW = dy^T x and db of each W and bias that is trained, in the order of `parameters`, fp32."""
         grads: list[Tensor] = []
-        if not any(_trained(base) for base in self.bases):
-            return grads
-        together = grad_TO.T @ x_TI
-        for base, columns in zip(self.bases, self.columns, strict=True):
-            for parameter in _trained(base):
-                is_bias = parameter is base.bias
+        matrices = any(parameter.ndim == 2 for own in self._trained for parameter in own)
+        together = grad_TO.T @ x_TI if matrices else grad_TO
+        for own, columns in zip(self._trained, self.columns, strict=True):
+            for parameter in own:
+                is_bias = parameter.ndim == 1
                 grads.append(grad_TO[:, columns].float().sum(0) if is_bias else together[columns].float())
         return grads
 
@@ -134,7 +144,7 @@ class Group:
     def _Bs(self, dtype: torch.dtype) -> list[Tensor]:
         """B of each adapter, the same."""
         if ("B", dtype) not in self._cast:
-            self._cast["B", dtype] = [part.adapter.B.to(dtype) for part in self.parts]
+            self._cast["B", dtype] = [part.adapter.factors()[1].to(dtype) for part in self.parts]
         return self._cast["B", dtype]
 
     def _product(self, x_TI: Tensor, y_TO: Tensor) -> None:
@@ -169,11 +179,6 @@ class Group:
         return matrix_OI
 
 
-def _trained(base: FrozenLinear) -> list[nn.Parameter]:
-    """The parameters of a layer that are trained (full fine-tuning)."""
-    return [p for p in (base.weight.master, base.bias) if p is not None and p.requires_grad]
-
-
 def stack(weights: Sequence[FrozenWeight]) -> None:
     """Move dense matrices of one width next to each other in memory, so that a group multiplies them as they lie."""
     if len(weights) > 1 and all(isinstance(weight, DenseWeight) and not weight.mapped for weight in weights):
@@ -198,5 +203,12 @@ def _stacked(weights: Sequence[FrozenWeight], dtype: torch.dtype) -> Tensor | No
     return first.as_strided((sum(len(matrix) for matrix in matrices), first.shape[1]), (first.shape[1], 1))
 
 
+def _bias(layer: nn.Module) -> Tensor | None:
+    """The bias that a layer adds."""
+    if isinstance(layer, BiasLinear):
+        return layer.offset if layer.enabled else layer.base.bias  # type: ignore[return-value]
+    return layer.bias  # type: ignore[return-value]
+
+
 def _scaled(adapter: LoraAdapter, dtype: torch.dtype) -> Tensor:
-    return (adapter.A * adapter.scale).to(dtype)
+    return (adapter.factors()[0] * adapter.scale).to(dtype)

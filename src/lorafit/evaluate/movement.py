@@ -25,7 +25,7 @@ def movement(model: nn.Module) -> list[dict[str, Any]]:
 
 def update_norm(adapter: Any) -> float:
     """|alpha/r B A| without forming the product: |B A|^2 = sum((B^T B) * (A A^T)). A (.., r, I), B (.., O, r)."""
-    a, b = adapter.A.double(), adapter.B.double()
+    a, b = (factor.double() for factor in adapter.factors())
     return float(adapter.scale) * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorafit import machine
 from lorafit.adapter.attach import adapted_layers, enable_adapter
+from lorafit.adapter.attach import trained as trained_parameters
 from lorafit.config import Resolved, field_types
 from lorafit.data.batch import Tokens
 from lorafit.data.rows import Rows
@@ -73,7 +74,7 @@ def finish_report(
     training_seconds = sum(line["seconds"] for line in steps) + save_seconds
     tokens = sum(line["tokens"] for line in steps)
     if trainable is None:
-        trainable = sum(p.numel() for _, layer in adapted_layers(base.model) for p in layer.adapter.parameters())
+        trainable = sum(parameter.numel() for parameter in trained_parameters(base.model).values())
     before, after = measure_base(base, evaluation, budget), measure(tuned or base, evaluation, budget)
     report: dict[str, Any] = {
         "method": "lora" if tuned is None else "full",

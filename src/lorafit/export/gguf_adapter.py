@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.adapter.attach import adapted_layers
+from lorafit.adapter.attach import adapted
 from lorafit.adapter.combine import LowRank
 from lorafit.adapter.merge import put_factors
 from lorafit.errors import AdapterError, Faults, LorafitError
@@ -116,7 +116,7 @@ def put_gguf_adapter(model: nn.Module, base: Path, file: Path) -> list[str]:
 
     Raises AdapterError (or Faults) for what does not fit; then the model is as it was.
     """
-    if any(adapted_layers(model)):
+    if adapted(model):
         raise AdapterError(str(file), "cannot be put on a model that has an adapter", "load it on the plain model")
     updates = read_gguf_adapter(file, placement(base, open_source(base)))
     faults: list[LorafitError] = []

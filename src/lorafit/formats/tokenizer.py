@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from lorafit.errors import ModelError
 from lorafit.formats.template import PLAIN_TEMPLATE, ChatTemplate
@@ -79,6 +79,8 @@ class TextTokenizer:
     """Every token that ends a generation."""
     place: str
     """The file or folder it came from, for errors."""
+    added: tuple[str, ...] = ()
+    """Tokens that the model's own tokenizer does not have, see `add`."""
 
     def __post_init__(self) -> None:
         self._template = ChatTemplate(self._template_source, f"{self.place}: chat template")
@@ -98,6 +100,17 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def add(self, tokens: Sequence[str]) -> None:
+        """Give these texts ids of their own, after all others; in every text they are one token from now on.
+
+        Raises ModelError for one that is a token already.
+        """
+        for token in tokens:
+            if self.backend.token_to_id(token) is not None:
+                raise ModelError(f"{self.place}: {token!r}", "is a token already", "give it to --train-tokens")
+        self.backend.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+        self.added += tuple(tokens)
 
     def encode(self, text: str, parse_special: bool = True) -> Encoded:
         """The ids of `text` and their character offsets; never a BOS or EOS that the text does not spell.

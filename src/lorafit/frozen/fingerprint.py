@@ -79,9 +79,12 @@ def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Frozen]]:
             if isinstance(module, FrozenStack) and module.bias is not None:
                 yield f"{path}.bias", module.bias
             return
-        yield from ((f"{path}.{part}".lstrip("."), tensor) for part, tensor in module.named_parameters(recurse=False))
+        beside = getattr(module, "only_base_is_frozen", False)  # an adapted layer
+        if not beside:
+            own = module.named_parameters(recurse=False)
+            yield from ((f"{path}.{part}".lstrip("."), tensor) for part, tensor in own)
         for name, child in module.named_children():
-            if name != "adapter":
+            if name == "base" or not beside:
                 yield from walk(child, f"{path}.{name}".lstrip("."))
 
     seen: set[int] = set()

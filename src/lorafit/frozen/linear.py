@@ -36,8 +36,13 @@ class FrozenLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _Product.apply(x, self.weight, self.weight.master) if torch.is_grad_enabled() else self.weight(x)
+        y = self.product(x)
         return y if self.bias is None else y + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T, without the bias."""
+        y: Tensor = _Product.apply(x, self.weight, self.weight.master) if torch.is_grad_enabled() else self.weight(x)
+        return y
 
 
 class FrozenEmbedding(nn.Module):

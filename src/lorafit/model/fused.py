@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.adapter.group import Group, stack
-from lorafit.adapter.lora import LoraLinear
+from lorafit.adapter.lora import BiasLinear, LoraLinear
+from lorafit.adapter.variants.dora import DoraLinear
 from lorafit.frozen.linear import FrozenLinear
 from lorafit.kernels import layer as parts
 from lorafit.kernels.attention import Rules
@@ -103,31 +104,41 @@ class FusedLayer(nn.Module):
         angles = named.get("position_embeddings")
         cached = named.get("past_key_values") is not None
         if arguments or angles is None or cached or not self._fits(angles[0]):
-            result: Tensor = self._original[0](hidden_states, *arguments, **named)
-            return result
+            return self._by_original(hidden_states, *arguments, **named)
         rows, length, width = hidden_states.shape
         documents = named.get("documents") or tuple(range(0, rows * length + 1, length))
         cos, sin = (_half(angle, rows) for angle in angles)
-        chained = self.training and torch.is_grad_enabled() and "documents" in named  # our own training step
-        layer = self._layer(cos, sin, documents, chained or not torch.is_grad_enabled(), chained)
+        trains = torch.is_grad_enabled() and (hidden_states.requires_grad or _trains(self))
+        chained = self.training and trains and "documents" in named  # our own training step
+        layer = self._layer(cos, sin, documents, chained or not trains, chained)
         keeps = not (self.gradient_checkpointing and self.training)
         x = hidden_states.reshape(-1, width).contiguous()
-        if not torch.is_grad_enabled():
+        if not trains:
             y, _ = layer.forward(x, keeps=False)
             return y.view(hidden_states.shape)
         y = LayerFunction.apply(x, layer, keeps, *layer.parameters)
         return y.view(hidden_states.shape)
 
+    def _by_original(self, *arguments: Any, **named: Any) -> Tensor:
+        """The original's output, computed twice where this layer is to be."""
+        original: Any = self._original[0]
+        original.training, original.gradient_checkpointing = self.training, self.gradient_checkpointing
+        if self.gradient_checkpointing:
+            original._gradient_checkpointing_func = self._gradient_checkpointing_func
+        result: Tensor = original(*arguments, **named)
+        return result
+
     def _fits(self, cos: Tensor) -> bool:
-        """Whether the whole of each head is rotated, every matrix is ours, dropout, if any, knows its places, and no
-        hook waits for a module that would not be called."""
+        """Whether the whole of each head is rotated, every matrix is ours and without DoRA (its gradient needs outputs
+        that are not kept), dropout, if any, knows its places, and no hook waits for a module that is not called."""
         linear = [getattr(self.self_attn, name) for name in ATTENTION] + [getattr(self.mlp, name) for name in MLP]
-        adapted = [layer for layer in linear if isinstance(layer, LoraLinear)]
-        bases = [layer.base if isinstance(layer, LoraLinear) else layer for layer in linear]
-        drops = [layer.adapter.dropout for layer in adapted if layer.enabled]
+        adapted = [layer for layer in linear if isinstance(layer, LoraLinear) and layer.enabled]
+        bases = [layer.base if isinstance(layer, BiasLinear) else layer for layer in linear]
+        drops = [layer.adapter.dropout for layer in adapted]
         return (
             cos.shape[-1] == self._shape.dim
             and all(isinstance(base, FrozenLinear) for base in bases)
+            and not any(isinstance(layer, DoraLinear) for layer in adapted)
             and all(not drop.active or (drop.places is not None and drop.places.keys_T is not None) for drop in drops)
             and not any(_is_hooked(module) for child in self.children() for module in child.modules())
         )
@@ -186,6 +197,10 @@ class _NormFunction(torch.autograd.Function):
         dx = parts.norm_backward(dy.clone(memory_format=torch.contiguous_format), x, weight, scale)
         give(x)
         return dx, d_weight, None
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _is_hooked(module: nn.Module) -> bool:

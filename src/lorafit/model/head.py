@@ -1,4 +1,4 @@
-"""The output matrix, what a family does to its logits, and the model without them."""
+"""The output matrix, what a family does to its logits, what is trained of it, and the model without it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from lorafit.adapter.lora import Adapted
+from lorafit.adapter.variants.vocabulary import TokenHead
 from lorafit.frozen.weight import FrozenWeight
 
 
@@ -19,6 +21,15 @@ class Head:
     softcap: float | None = None
     chunk: int = 512
     """Tokens whose logits are alive at once: so many that unpacking W is a few per cent of its product."""
+    model: nn.Module | None = None
+    """Whose head it is, for what may be trained there; None: nothing is."""
+
+    @property
+    def adapted(self) -> Adapted | None:
+        """The adapted layer that the model has for its head now, if it counts."""
+        layer = getattr(self.model, "lm_head", None)
+        counts = isinstance(layer, TokenHead) or (isinstance(layer, Adapted) and layer.enabled)
+        return layer if counts else None
 
 
 def decoder_of(model: nn.Module) -> Any:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from lorafit import console
+from lorafit.adapter.lora import Adapted
 from lorafit.errors import ConfigError, Faults, LorafitError, ModelError
 from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.frozen.dense import DenseWeight
@@ -84,7 +86,7 @@ def load_base(source: WeightSource, tokenizer: TextTokenizer, base: str, compute
     if native.library() is None:
         console.warn(f"attention, norms and packed weights run in plain torch, which is slow ({native.describe()[1]})")
     rows = head_of(model).weight.out_features
-    if tokenizer.vocab_size > rows:
+    if tokenizer.vocab_size - len(tokenizer.added) > rows:
         what = f"has {tokenizer.vocab_size} tokens and the embedding {rows} rows"
         raise ModelError(f"{source.place}: tokenizer", what, "use the tokenizer that belongs to the model")
     kept = _kept(model) if base in QUANTISED else []
@@ -207,7 +209,8 @@ def head_of(model: PreTrainedModel) -> Head:
     """The output matrix and what this family does to its logits."""
     config: PretrainedConfig = model.config
     multiplier = 1.0 / getattr(config, "logits_scaling", 1.0)
-    return Head(model.lm_head.weight, multiplier, getattr(config, "final_logit_softcapping", None))
+    layer: Any = model.lm_head.base if isinstance(model.lm_head, Adapted) else model.lm_head
+    return Head(layer.weight, multiplier, getattr(config, "final_logit_softcapping", None), model=model)
 
 
 def frozen_weights(model: nn.Module) -> dict[str, FrozenWeight]:

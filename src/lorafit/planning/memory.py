@@ -35,6 +35,7 @@ TILE = 64  # queries and keys of a tile in native/attention.h
 FEW = 4  # documents times key heads, per thread, below which gradients of keys are summed up behind (kernels/attention)
 OPTIMIZER = 8  # bytes of a parameter: AdamW's two moments
 UNFUSED = 2  # how much more of a token transformers' own layers keep than ours (measured on Llama: 1.9)
+DORA = 3  # the same with DoRA in them, which keeps each product's output once more
 AHEAD = 3  # layers of a paged base that are in memory: the one before, this one, the next
 
 
@@ -64,6 +65,8 @@ class Use:
     """Of a trainable parameter."""
     full: bool = False
     """--method full: every weight is trained, and rank is 0."""
+    dora: bool = False
+    """Whether adapted layers are transformers' own and keep each product's output once more."""
 
     @property
     def size(self) -> int:
@@ -205,7 +208,7 @@ def activations(model: Outline, use: Use) -> int:
     The layers computed twice are the first ones. When one of them is computed again the others' activations are free,
     and it writes into their buffers.
     """
-    each, around = _of_layers(model, use.compute, use.rank, use.targets)
+    each, around = _of_layers(model, use.compute, use.rank, use.targets, use.dora)
     first, rest = each[: use.checkpointed], each[use.checkpointed :]
     kept = max(sum(rest), *first) if first else sum(rest)
     ends = 3 * model.hidden * use.size  # the embedding's rows, the last norm's output, its gradient
@@ -213,9 +216,9 @@ def activations(model: Outline, use: Use) -> int:
 
 
 @cache
-def _of_layers(model: Outline, compute: str, rank: int, targets: tuple[str, ...]) -> tuple[list[int], int]:
+def _of_layers(model: Outline, compute: str, rank: int, targets: tuple[str, ...], dora: bool) -> tuple[list[int], int]:
     """(what each layer keeps of a token, the most that goes round)."""
-    use = Use("", compute, rank, targets, 1, 1, 1, 1, 1)
+    use = Use("", compute, rank, targets, 1, 1, 1, 1, 1, dora=dora)
     each = [layer_bytes(model, layer, use) for layer in model.layers]
     return each, max((round_bytes(layer, model.hidden, use.size) for layer in model.layers), default=0)
 
@@ -231,7 +234,8 @@ def layer_bytes(model: Outline, layer: Layer, use: Use) -> int:
     adapted = _adapted(model, use.targets)
     low = sum(use.rank * m.active for m in layer.matrices if m.path in adapted)
     width = halves * model.hidden + layer.outputs + out
-    return (width * (1 if model.fused else UNFUSED) + low) * use.size + 4 * (halves + layer.heads)
+    times = DORA if use.dora else 1 if model.fused else UNFUSED
+    return (width * times + low) * use.size + 4 * (halves + layer.heads)
 
 
 def round_bytes(layer: Layer, hidden: int, size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -134,10 +134,11 @@ class Outline:
 
     def adapted(self, targets: Sequence[str]) -> list[Matrix]:
         """The matrices that get an adapter, as `attach` chooses them. Raises ConfigError as it does."""
-        found = {m.path: m for m in self.matrices if m is not self.embedding}
+        tied = () if self.head else (replace(self.embedding, path="lm_head"),)
+        found = {m.path: m for m in (*self.matrices, *tied)}
         experts = [path for path, m in found.items() if m.experts > 1]
         choosing = [path for path in found if path.endswith(ROUTERS)]
-        linear = [path for path in found if path not in (*experts, *choosing)]
+        linear = [path for path in found if path not in (self.embedding.path, *experts, *choosing)]
         return [found[path] for path in choose(list(found), targets, linear, experts, choosing)]
 
 

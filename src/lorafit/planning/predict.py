@@ -180,6 +180,7 @@ def _use(config: TrainConfig, rows: Rows) -> Use:
         threads=int(config.threads or 1),
         paged=config.paging == "on",
         full=config.method == "full",
+        dora=config.use_dora,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lorafit import machine
+from lorafit.adapter.attach import adapted_layers
 from lorafit.config import TrainConfig
 from lorafit.data.batch import Tokens, cut, pack_rows
 from lorafit.data.order import order
@@ -21,7 +22,14 @@ from lorafit.model.head import Head
 from lorafit.training.checkpoint import Checkpoint, Checkpoints, Progress
 from lorafit.training.finite import blame, sums_finite
 from lorafit.training.metrics import Metrics
-from lorafit.training.optim import clip_gradient, load_optimizer_tensors, lr_at, make_optimizer, optimizer_tensors
+from lorafit.training.optim import (
+    clip_gradient,
+    load_optimizer_tensors,
+    lr_at,
+    make_optimizer,
+    optimizer_tensors,
+    set_lr,
+)
 from lorafit.training.step import accumulate
 from lorafit.training.trained import Trained
 
@@ -93,7 +101,8 @@ def fit(run: Run, start: Checkpoint | None) -> Progress:
     Interrupted after a signal, when the checkpoint is on disk.
     """
     named = run.trained.parameters
-    optimizer = make_optimizer(named.values(), run.config.weight_decay)
+    faster = [layer.adapter.B for _, layer in adapted_layers(run.model)]
+    optimizer = make_optimizer(named.values(), run.config.weight_decay, faster, run.config.lora_plus_ratio)
     progress = Progress()
     if start is not None:
         progress = start.progress
@@ -138,10 +147,10 @@ def _train_step(run: Run, optimizer: torch.optim.Optimizer, step: int) -> None:
     if missing is not None:
         raise ConfigError("--method full", f"{missing} gets no gradient", "use --method lora")
     norm = clip_gradient(named.values(), config.clip_norm)
-    state = optimizer_tensors(optimizer, named)
-    if not (math.isfinite(loss) and math.isfinite(norm) and sums_finite(state.values())):
-        raise blame(run.model, run.head, packs, named, state, step=step, loss=loss, norm=norm)
-    optimizer.param_groups[0]["lr"] = lr
+    moments = optimizer_tensors(optimizer, named)
+    if not (math.isfinite(loss) and math.isfinite(norm) and sums_finite(moments.values())):
+        raise blame(run.model, run.head, packs, named, moments, step=step, loss=loss, norm=norm)
+    set_lr(optimizer, lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # evaluations and saves need no gradients in memory
     run.trained.round()
@@ -208,9 +217,8 @@ def _evaluate(run: Run, evaluate: Callable[[], float], progress: Progress) -> Pr
 def _save(run: Run, progress: Progress, optimizer: torch.optim.Optimizer) -> None:
     started = time.perf_counter()
     run.metrics.sync()
-    named = run.trained.parameters
-    adapter = {name: parameter.detach() for name, parameter in named.items()}
-    state = optimizer_tensors(optimizer, named)
-    run.checkpoints.save(Checkpoint(progress, run.identity, adapter, state))
+    values = {name: tensor.detach() for name, tensor in run.trained.state().items()}
+    optimizer_state = optimizer_tensors(optimizer, run.trained.parameters)
+    run.checkpoints.save(Checkpoint(progress, run.identity, values, optimizer_state))
     machine.trim()  # copies of a thousand small tensors have left holes
     run.save_seconds += time.perf_counter() - started

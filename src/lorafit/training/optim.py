@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,26 +49,41 @@ def lr_at(step: int, steps: int, peak: float, schedule: str, warmup: float) -> f
     return peak * (1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], weight_decay: float, faster: Iterable[nn.Parameter] = (), ratio: float = 1.0
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with torch's defaults for betas and eps, in torch's own fused
-    kernel: one pass over memory for all parameters."""
-    return torch.optim.AdamW(list(parameters), lr=0.0, weight_decay=weight_decay, fused=True)
+    kernel: one pass over memory for all parameters.
+
+    faster: those among them whose learning rate is `ratio` times the others', LoRA+'s B (Hayou et al. 2024,
+    arXiv:2402.12354, section 4).
+    """
+    chosen = {id(parameter) for parameter in faster} if ratio != 1.0 else set()
+    groups: list[dict[str, Any]] = [{"params": [], "ratio": 1.0}, {"params": [], "ratio": ratio}]
+    for parameter in parameters:
+        groups[id(parameter) in chosen]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=True)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, `NAME.exp_avg` and so on; `names` in its parameters' order."""
-    (group,) = optimizer.param_groups
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the next step, times each group's ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["ratio"]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors, `NAME.exp_avg` and so on."""
     return {
-        f"{name}.{key}": value
-        for name, parameter in zip(names, group["params"], strict=True)
-        for key, value in optimizer.state[parameter].items()
+        f"{name}.{key}": value for name, parameter in named.items() for key, value in optimizer.state[parameter].items()
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
+) -> None:
     """The inverse of `optimizer_tensors`; the tensors become the optimizer's own."""
-    (group,) = optimizer.param_groups
-    for name, parameter in zip(names, group["params"], strict=True):
+    for name, parameter in named.items():
         keys = ("step", "exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {key: tensors[f"{name}.{key}"] for key in keys}
 

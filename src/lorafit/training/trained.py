@@ -48,12 +48,17 @@ class Trained:
                 parameter.register_post_accumulate_grad_hook(partial(_hand_over, master))
                 self._rounded.append((parameter, master))
             self.parameters[_plain(name)] = master
+        self._fixed = {_plain(name): buffer for name, buffer in model.named_buffers() if ".adapter." in name}
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint must hold of a model: what is trained, and the start that PiSSA measures from."""
+        return {**self.parameters, **self._fixed}
 
     @torch.no_grad()
     def load(self, values: Mapping[str, Tensor]) -> None:
-        """Take these values, by the same names."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+        """Take what `state` gave."""
+        for name, tensor in self.state().items():
+            tensor.copy_(values[name])
         self.round()
 
     @torch.no_grad()

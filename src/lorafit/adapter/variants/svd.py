@@ -1,0 +1,32 @@
+"""The largest singular values of a matrix with their vectors, as a LoRA pair."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EXACT = 1024  # shorter side up to which the whole decomposition is computed, in at most a second
+ITERATIONS, MORE = 4, 16  # of the approximation of larger ones: passes over the matrix, vectors beyond the rank
+
+
+def leading_pair(
+    matrix_OI: Tensor, rank: int, generator: torch.Generator, exact: bool = False
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(A (r, I), B (O, r)), fp32, whose product B A is the best approximation of that rank, shared out evenly:
+    B = U sqrt(S), A = sqrt(S) V^T.
+
+    matrix_OI: (O, I), fp32. Large matrices are decomposed by subspace iteration from random vectors of `generator`,
+    which finds singular values that stand out and a mixture of those that are nearly equal; exact forbids that.
+    Source: Halko, Martinsson & Tropp 2011, arXiv:0909.4061, algorithms 4.4 and 5.1.
+    """
+    if exact or min(matrix_OI.shape) <= EXACT:
+        U, S, V = torch.linalg.svd(matrix_OI, full_matrices=False)
+    else:
+        vectors = torch.randn(matrix_OI.shape[1], rank + MORE, generator=generator)
+        Q = torch.linalg.qr(matrix_OI @ vectors).Q
+        for _ in range(ITERATIONS):
+            Q = torch.linalg.qr(matrix_OI @ torch.linalg.qr(matrix_OI.T @ Q).Q).Q
+        U, S, V = torch.linalg.svd(Q.T @ matrix_OI, full_matrices=False)
+        U = Q @ U
+    root = S[:rank].sqrt()
+    return root[:, None] * V[:rank], U[:, :rank] * root
