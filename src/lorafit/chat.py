@@ -66,7 +66,8 @@ class Talk:
             kept = kept[2:]  # a question and its answer
 
     def pieces(self, prompt: list[int], turn: int) -> Iterator[str]:
-        """The answer's text as it grows; half a character waits for its other half. turn: numbers the draws."""
+        """The answer's text as it grows, a piece for each token; half a character waits for its other half, and is
+        nothing until then. turn: numbers the draws."""
         model, tokenizer = self.base.model, self.base.tokenizer
         ids: list[int] = []
         shown = ""
@@ -80,9 +81,9 @@ class Talk:
         ):
             ids.append(token)
             text = tokenizer.decode(ids, skip_special=True)
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
+            whole = shown if text.endswith("\ufffd") else text
+            yield whole[len(shown) :]
+            shown = whole
         yield tokenizer.decode(ids, skip_special=True)[len(shown) :]
 
 
