@@ -20,6 +20,7 @@ from builders.processes import assert_same_run, write_data
 from builders.rows import random_rows
 from builders.tokenizers_tiny import tiny_gguf_metadata
 from lorafit.adapter.attach import adapted_layers
+from lorafit.adapter.experts import expert_layers
 from lorafit.config import read_yaml
 from lorafit.data.batch import pack_rows
 from lorafit.errors import ConfigError
@@ -31,7 +32,7 @@ from lorafit.run import resume
 from lorafit.training.step import accumulate
 
 ALL = (*DENSE, *WRAPPED)
-HYBRID = ("qwen3_5_text", "qwen3_5")
+HYBRID = ("qwen3_5_text", "qwen3_5", "qwen3_5_moe")
 PACKING = [name for name in ALL if name not in HYBRID]
 GGUF = [name for name in DENSE if name in ARCHITECTURES and name not in ("llama", "qwen2", "qwen3", "gemma3_text")]
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
@@ -47,7 +48,7 @@ def base_of(name: str, folder: Path, base: str = "fp32") -> Base:
 def adapted(name: str, folder: Path, base: str = "fp32") -> Base:
     """The same with an adapter that is not zero."""
     found = base_of(name, folder, base)
-    lorafit.attach(found.model, rank=4, alpha=8)
+    lorafit.attach(found.model, 4, 8, ["all-linear", *(["experts"] if expert_layers(found.model) else [])])
     torch.manual_seed(1)
     for _, layer in adapted_layers(found.model):
         nn.init.normal_(layer.adapter.B, std=0.05)
@@ -88,7 +89,7 @@ def test_packs_exactly(name, tmp_path):
     assert all((a - b).norm() <= 1e-5 * max(float(b.norm()), scale / 100) for a, b in zip(grads, wanted, strict=True))
 
 
-@pytest.mark.parametrize("name", HYBRID)
+@pytest.mark.parametrize("name", [*HYBRID, "qwen3_5_moe_text", "qwen3_next"])
 def test_packing_is_refused(name, tmp_path):
     """Linear attention carries a state from row to row: one row at a time, and the run says so and why."""
     data, model, out = write_data(tmp_path / "data.jsonl"), folder_of(name, tmp_path / "model"), tmp_path / "out"
@@ -143,10 +144,10 @@ def test_a_wrapper_is_its_text_part(name, tmp_path):
     save_file({n: t.clone() for n, t in theirs.state_dict().items()}, plain / "model.safetensors")
     names = [open_source(path) for path in (folder, plain)]
     assert names[0].shapes == names[1].shapes
-    assert names[0].part_of == name
+    assert names[0].part_of == name.partition("-")[0]
     model = base_of(name, tmp_path / "third").model
     assert not any("vision" in path or "visual" in path for path, _ in model.named_modules())
-    assert run("info", folder, "--json").json["part_of"] == name
+    assert run("info", folder, "--json").json["part_of"] == name.partition("-")[0]
     with pytest.raises(ConfigError, match="text part of another"):
         lorafit.save_nf4(model, tmp_path / "nf4")
 

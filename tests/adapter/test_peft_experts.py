@@ -18,7 +18,8 @@ from lorafit.adapter.peft_experts import WHOLE
 from lorafit.errors import AdapterError, LorafitError
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 88, 120, 44, 17, 3], [8, 1, 4, 4, 90, 2, 6, 301, 12, 77]])
-ROUTERS = {"gpt_oss": "router", "granitemoe": "router", "llama4_text": "router"}
+LATENT = ("deepseek_v3", "mistral4")
+ROUTERS = {"gpt_oss": "router", "granitemoe": "router", "llama4_text": "router", "gemma4_text": "router.proj"}
 SPLIT = [family for family in MOE_FAMILIES if family not in (*WHOLE, "qwen2_moe")]  # PEFT converts no qwen2_moe
 
 
@@ -50,7 +51,7 @@ def in_peft(family: str, folder: Path):
 def test_our_adapter_in_peft_gives_our_logits_and_comes_back(family, targets, tmp_path):
     """Fused layout: on PEFT's side logits are equal within 1e-5; saved again by PEFT and loaded here they are equal
     too. Everything, one parameter of the two, and a router beside a linear layer (named by itself)."""
-    targets = targets or ["q_proj" if family != "deepseek_v3" else "o_proj", ROUTERS.get(family, "gate")]
+    targets = targets or ["o_proj" if family in LATENT else "q_proj", ROUTERS.get(family, "gate")]
     own = trained(family, tmp_path / "model", targets)
     save_adapter(own, tmp_path / "adapter")
     theirs = in_peft(family, tmp_path / "adapter")

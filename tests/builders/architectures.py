@@ -10,17 +10,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from builders.models import COMMON, OWN, save_folder
+from builders.models import COMMON, LINEAR, MROPE, OWN, YARN, save_folder
 from builders.tokenizers_tiny import write_tiny_folder
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
-YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
-    "mscale_all_dim": 1.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
 LATENT: dict[str, Any] = {  # multi-head latent attention, as DeepSeek-V3 has it
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
@@ -30,10 +26,6 @@ EXPERTS = {
     "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
-LINEAR = {
-    "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     **{name: OWN[name] for name in OWN if name in ("mistral", "qwen2", "qwen3", "gemma3_text", "granite", "smollm3")},
     "llama": {"rope_parameters": LLAMA3_ROPE},
@@ -42,12 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": 6},
     "olmo2": {},
     "olmo3": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
-    "qwen3_5_text": {
-        **LINEAR,
-        "rope_parameters": {
-            **PLAIN_ROPE, "partial_rotary_factor": 0.25, "mrope_interleaved": True, "mrope_section": [1, 1, 0],
-        },
-    },
+    "qwen3_5_text": {**LINEAR, "rope_parameters": MROPE},
     "gemma4_text": {
         "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
         "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
@@ -65,6 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
+    "qwen3_5_moe_text": OWN["qwen3_5_moe_text"],
 }  # fmt: skip
 
 
@@ -76,7 +64,12 @@ TOWER = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
     "patch_size": 4,
 }  # fmt: skip
-WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {  # a multimodal model's text part and vision tower
+PATCHES = {
+    "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+}  # fmt: skip
+# A multimodal model's text part and vision tower, by its model_type, and its text part's too where one has several.
+WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"model_type": "siglip_vision_model", **TOWER}),
     "gemma4": ("gemma4_text", {"model_type": "gemma4_vision", **TOWER, "num_key_value_heads": 2, "head_dim": 8}),
     "mistral3": ("ministral3", {"model_type": "pixtral", **TOWER}),
@@ -84,10 +77,9 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {  # a multimodal model's text 
         "model_type": "llama4_vision_model", **TOWER, "pixel_shuffle_ratio": 0.5, "projector_input_dim": 16,
         "projector_output_dim": 16, "vision_output_dim": 16,
     }),
-    "qwen3_5": ("qwen3_5_text", {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32,
-        "num_position_embeddings": 16,
-    }),
+    "qwen3_5": ("qwen3_5_text", PATCHES),
+    "qwen3_5_moe": ("qwen3_5_moe_text", PATCHES),
+    "mistral3-mistral4": ("mistral4", {"model_type": "pixtral", **TOWER}),  # as Mistral Large 3
 }  # fmt: skip
 
 
@@ -98,7 +90,8 @@ def tiny_wrapper(name: str, seed: int = 0) -> PreTrainedModel:
     if name == "gemma3":
         inner["final_logit_softcapping"] = None  # which transformers' wrapper, other than its text model, leaves out
     given = copy.deepcopy({"text_config": inner, "vision_config": tower})
-    config = AutoConfig.for_model(name, **given, tie_word_embeddings=inner.get("tie_word_embeddings", False))
+    kind, tied = name.partition("-")[0], inner.get("tie_word_embeddings", False)
+    config = AutoConfig.for_model(kind, **given, tie_word_embeddings=tied)
     torch.manual_seed(seed)
     return fill(AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval())
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from builders.published import published, text_of
 from lorafit import catalogue
 from lorafit.adapter.attach import adapted_layers, linear_layers, put_adapter, select
 from lorafit.adapter.experts import LoraStack, routers
@@ -13,20 +13,20 @@ from lorafit.model.architectures import MOE
 from lorafit.model.experts import is_experts, over
 
 RANK = 16
+INNER = ("qwen3_moe", "qwen3_next", "gemma4_text")  # whose experts have a width of their own
 
 
-def text(name: str) -> dict:
-    config = catalogue.find(name)
-    return config.get("text_config") or config
+def is_mixture(config: dict) -> bool:
+    return config["model_type"] in MOE or bool(config.get("enable_moe_block"))
 
 
-NAMES = [name for name in catalogue.names() if text(name).get("model_type") in MOE]
+NAMES = [name for name in catalogue.names() if is_mixture(text_of(name))]
 
 
 def facts(config) -> tuple[int, int, int, int]:
     """(layers with experts, experts, hidden width, inner width), from the published numbers alone."""
     kind, layers = config.model_type, config.num_hidden_layers
-    if kind == "deepseek_v3":
+    if kind in ("deepseek_v3", "mistral4"):
         return (
             layers - config.first_k_dense_replace,
             config.n_routed_experts,
@@ -35,16 +35,16 @@ def facts(config) -> tuple[int, int, int, int]:
         )
     if kind == "llama4_text":
         layers = len([n for n in range(layers) if (n + 1) % config.interleave_moe_layer_step == 0])
-    inner = config.moe_intermediate_size if kind in ("qwen3_moe", "deepseek_v3") else config.intermediate_size
-    return layers, config.num_local_experts, config.hidden_size, inner
+    experts = config.num_experts if kind in ("qwen3_next", "gemma4_text") else config.num_local_experts
+    inner = config.moe_intermediate_size if kind in INNER else config.intermediate_size
+    return layers, experts, config.hidden_size, inner
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_experts_and_linear_layers_of_published_shapes(name):
     """On the published shapes every stack is found and adapted, E r (H + 2 I) + E r (I + H) numbers for each layer with
     experts; all-linear has every other product but the head, and no router. Nothing is in memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text(name)))
+    model = published(name)
     for path, module in list(model.named_modules()):
         if is_experts(module):
             parent, _, last = path.rpartition(".")
@@ -53,7 +53,8 @@ def test_experts_and_linear_layers_of_published_shapes(name):
     layers, experts, hidden, inner = facts(model.config)
     linear, chosen = select(model, ["all-linear"]), select(model, ["all-linear", "experts"])
     assert len(chosen) - len(linear) == 2 * layers
-    assert len(routers(model)) == layers
+    gated = "qwen3_next" in model.config.model_type  # its shared expert has a gate of its own
+    assert len(routers(model)) == layers * (2 if gated else 1)
     assert set(linear) == set(linear_layers(model)) - {"lm_head"}
     with torch.device("meta"):
         for path in chosen:
@@ -65,7 +66,8 @@ def test_experts_and_linear_layers_of_published_shapes(name):
 
 
 def test_every_published_mixture_was_seen():
-    """DeepSeek-V3, two of gpt-oss, Llama 4, Mixtral and Qwen 3 each."""
-    kinds = {text(name)["model_type"] for name in NAMES}
-    assert kinds == {"deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe"}
-    assert len(NAMES) >= 9
+    """DeepSeek-V3, Mistral Large 3, Qwen 3 Next, Gemma 4, two of gpt-oss, Llama 4, Mixtral and Qwen 3 each."""
+    kinds = {text_of(name)["model_type"] for name in NAMES}
+    rest = {"deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe"}
+    assert kinds == {"mistral4", "qwen3_next", "gemma4_text", *rest}
+    assert len(NAMES) >= 12

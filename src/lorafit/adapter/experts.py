@@ -157,7 +157,10 @@ def routers(model: nn.Module) -> list[str]:
     for path, module in model.named_modules():
         children = dict(module.named_children())
         if "experts" in children:
-            found += [f"{path}.{name}".lstrip(".") for name in ROUTERS if name in children]
+            for name in ROUTERS:
+                if name in children:
+                    inside = ".proj" if hasattr(children[name], "proj") else ""  # of Gemma 4's, which scales first
+                    found.append(f"{path}.{name}{inside}".lstrip("."))
     return found
 
 

@@ -27,7 +27,8 @@ from lorafit.frozen.stack import FrozenStack
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 SPLIT = {"gate_proj": GATE_UP, "up_proj": GATE_UP, "down_proj": DOWN}
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # its names, in modules called block_sparse_moe
-WHOLE = ("gpt_oss", "llama4_text", "granitemoe")  # families whose published files have no single experts
+# Families whose experts PEFT has as a whole only: their published files have no single ones.
+WHOLE = ("gpt_oss", "llama4_text", "granitemoe", "mistral4", "qwen3_5_moe_text", "gemma4_text")
 SINGLE = re.compile(r"(?P<path>.+)\.(?P<expert>\d{1,5})\.(?P<matrix>gate_proj|up_proj|down_proj|w1|w2|w3)")
 # Linear layers of these names PEFT takes for experts' in models that have some, unless they are named as parameters.
 TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")

@@ -24,8 +24,11 @@ TEXT = (
 )  # fmt: skip
 """Dense text models."""
 
-MOE = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe", "olmoe", "granitemoe")
-"""Text models with experts."""
+MOE = (
+    "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "mixtral", "mistral4", "deepseek_v3", "gpt_oss", "llama4_text",
+    "qwen2_moe", "olmoe", "granitemoe",
+)  # fmt: skip
+"""Text models with experts; gemma4_text has some where its configuration says so."""
 
 IMAGE_TEXT = ("mistral4",)  # text models that transformers lists with the multimodal ones alone
 LINEAR_ATTENTION = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
@@ -99,8 +102,6 @@ def _check_kind(kind: Any, place: str, known: tuple[str, ...]) -> None:
 
 def _check_fields(config: dict[str, Any], place: str) -> None:
     """Refuses what a model_type allows and we do not compute."""
-    if config.get("enable_moe_block"):
-        raise ModelError(f"{place}: enable_moe_block", "experts of Gemma 4 are not supported yet", "use a dense one")
     if config.get("attn_logit_softcapping"):
         what = f"is {config['attn_logit_softcapping']}: capped attention scores are not supported yet"
         raise ModelError(f"{place}: attn_logit_softcapping", what, "use a model without")
