@@ -254,7 +254,8 @@ def test_packed_rows_equal_rows_alone(family, tmp_path):
 )
 def test_a_memorised_batch_is_learnt(family, compute, tmp_path):
     """Twenty steps on one batch, adapters on everything, layers computed twice or not: the loss falls by half."""
-    source = open_source(save_folder(wide(family), tmp_path))
+    changes = {"final_logit_softcapping": 30.0} if family == "gemma4_text" else {}  # at 3 all logits are at the cap
+    source = open_source(save_folder(wide(family, **changes), tmp_path))
     base = load_base(source, source.tokenizer(None), "nf4", compute)
     attach(base.model, rank=8, alpha=16, targets=["all-linear", "experts"])
     parameters = [p for p in base.model.parameters() if p.requires_grad]
