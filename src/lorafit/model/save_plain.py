@@ -19,6 +19,7 @@ from lorafit.model.tokenizer import as_transformers
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "tokenizer.model", "vocab.json", "merges.txt")  # fmt: skip
+OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
 TEMPLATE = "chat_template.jinja"
 
 
@@ -41,20 +42,27 @@ def save_plain(
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
 
     def write(path: Path) -> None:
-        _write_json(path / "config.json", {**_configuration(model, source), "dtype": dtype})
+        write_config(path, model, tokenizer, source, {"dtype": dtype})
         write_safetensors(path / SINGLE, tensors)
-        if (source / "generation_config.json").is_file():
-            shutil.copyfile(source / "generation_config.json", path / "generation_config.json")
-        else:
-            ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.end_ids) or None}
-            _write_json(
-                path / "generation_config.json", {key: value for key, value in ends.items() if value is not None}
-            )
-        _write_tokenizer(path, tokenizer, source, template)
+        write_tokenizer(path, tokenizer, source, template)
         for name, text in texts.items():
             (path / name).write_text(text, encoding="utf-8")
 
     commit(folder, write, manifest=False)
+
+
+def write_config(
+    folder: Path, model: PreTrainedModel, tokenizer: TextTokenizer, source: Path, changes: Mapping[str, Any]
+) -> None:
+    """config.json with `changes` and no quantisation, and what a source that is a folder has beside it."""
+    _write_json(folder / "config.json", {**_configuration(model, source), **changes})
+    for name in OTHER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / "generation_config.json").exists():
+        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.end_ids) or None}
+        known = {key: value for key, value in ends.items() if value is not None}
+        _write_json(folder / "generation_config.json", known)
 
 
 def _configuration(model: PreTrainedModel, source: Path) -> dict[str, Any]:
@@ -65,9 +73,9 @@ def _configuration(model: PreTrainedModel, source: Path) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in ("torch_dtype", "quantization_config")}
 
 
-def _write_tokenizer(folder: Path, tokenizer: TextTokenizer, source: Path, template: str | None) -> None:
+def write_tokenizer(folder: Path, tokenizer: TextTokenizer, source: Path, template: str | None) -> None:
     """The tokenizer's files as the source has them, or made of a GGUF file's, and the template beside them."""
-    if source.is_dir():
+    if (source / "tokenizer.json").is_file():
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
