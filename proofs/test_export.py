@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xllamacpp  # noqa: F401  without it nothing is proven
 from torch import nn
 
 import lorafit
@@ -26,8 +27,6 @@ from lorafit.errors import AdapterError
 from lorafit.export.probes import Probe
 from lorafit.export.verify import ask_llama
 from lorafit.formats.names import Entry
-
-pytest.importorskip("xllamacpp")
 
 ROOT = Path(__file__).parent.parent
 F32 = 0.001  # nats; two programs' fp32 sums

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import xllamacpp  # noqa: F401  without it nothing is proven
 
 import lorafit
 from builders.adapters import logits, write_adapter
 from builders.commands import run
+from builders.gguf_experts import write_moe_gguf
 from builders.models import save_folder, tiny_model
 from builders.tokenizers_tiny import VOCABULARY
 from lorafit.export.gguf_adapter import read_gguf_adapter
 from lorafit.export.placement import placement
 from lorafit.model.sources import open_source
-
-pytest.importorskip("xllamacpp")
-write_moe_gguf = pytest.importorskip("builders.gguf_experts").write_moe_gguf
 
 F32 = 0.001  # nats; two programs' fp32 sums
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}

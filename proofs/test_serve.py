@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+import xllamacpp  # noqa: F401  without it nothing is proven
 
 import lorafit
 from lorafit.export.probes import Probe, log_probabilities
-
-pytest.importorskip("xllamacpp")
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "runs" / "serve"
