@@ -63,7 +63,7 @@ def page(job: Comparison) -> list[str]:
     if tried:
         parts += ["Settings tried:", table(["peer", "settings", "real tokens/s", "peak, MB"], tried)]
     rates = [[shape, f"{rate / 1e9:,.0f}"] for shape, rate in before]
-    parts += ["Products by torch.mm before the rounds:", table(["rows x inner x columns", "GFLOP/s"], rates)]
+    parts += ["Products before the rounds:", table(["rows x inner x columns", "GFLOP/s"], rates)]
     parts += ["One step of lorafit under torch's profiler:", *roof.profile_tables(events)]
     return [*parts, _versions(job)]
 
@@ -73,7 +73,7 @@ def _facts(job: Comparison, best: tuple[str, float], worst: float, tokens: float
     return (
         f"{facts['tokens']:.0f} tokens a step, {facts['trained'] / facts['tokens']:.0%} trained; learning rate "
         f"{facts['lr']:g}; lorafit's micro-batches: {facts['micro_batch_tokens']} tokens, checkpointing "
-        f"{facts['checkpointing']}. The roof: {best[0]} in {facts['compute']} by torch.mm, {best[1] / 1e9:,.0f} "
+        f"{facts['checkpointing']}. The roof: {best[0]} in {facts['compute']}, {best[1] / 1e9:,.0f} "
         f"GFLOP/s, the better of two measurements around the rounds (the other: {worst / 1e9:,.0f}). A token "
         f"has {roof.flops(facts) / 1e6:,.0f} MFLOP, attention left out: {tokens:,.0f} tokens/s."
     )

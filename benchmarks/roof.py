@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,15 +23,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TOKENS, SQUARES = (512, 2048), (1024, 2048, 4096)
 SECONDS, LEAST = 0.4, 5  # of products of one shape, and how many at least
 SHOWN = 12
+LIBRARIES = {
+    "torch.mm": lambda x, weight: torch.mm(x, weight.T),
+    "oneDNN": lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""),
+}
 WIDTHS = "hidden", "inner"  # facts that give the shapes
 GROUPS = (
-    ("products", ("mm", "linear", "matmul")),
+    ("products", ("mm", "linear", "matmul", "mkldnn")),
     ("attention", ("attention",)),
     ("copies and casts", ("copy_", "_to", "::to", "clone", "cat", "contiguous", "fill_", "zero", "empty", "stack")),
     ("optimizer", ("optimizer", "adam", "foreach", "clip_grad")),
 )
 """(group, what a name of torch's holds); the first that fits."""
-TORCH = ("aten::", "torch::", "autograd::", "optimizer")  # how its own names begin
+TORCH = ("aten::", "mkldnn::", "torch::", "autograd::", "optimizer")  # how its own names begin
 
 
 def flops(facts: dict[str, Any]) -> float:
@@ -40,26 +45,30 @@ def flops(facts: dict[str, Any]) -> float:
 
 
 def rates(job: dict[str, Any]) -> list[tuple[str, float]]:
-    """(shape, FLOP/s) of torch.mm in job["compute"], the fastest shape first; the median over its repeats."""
+    """(shape and library, FLOP/s) in job["compute"], the fastest first; medians over repeats. fp32 by oneDNN as well as
+    by torch.mm, which is MKL's; neither with reduced precision."""
     torch.set_num_threads(job["threads"])
     hidden, inner, dtype = job["hidden"], job["inner"], DTYPES[job["compute"]]
     shapes = [(tokens, *pair) for tokens in TOKENS for pair in ((hidden, hidden), (hidden, inner), (inner, hidden))]
     shapes += [(size, size, size) for size in SQUARES]
-    found = [(f"{m} x {k} x {n}", _rate(m, k, n, dtype)) for m, k, n in shapes]
+    found = []
+    for m, k, n in shapes:
+        x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        for library, product in LIBRARIES.items():
+            if library == "torch.mm" or dtype == torch.float32:
+                found.append((f"{m} x {k} x {n} by {library}", 2 * m * k * n / _seconds(product, x, weight)))
     return sorted(found, key=lambda shape: -shape[1])
 
 
-def _rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:
-    """FLOP/s of (m, k) times a weight (n, k) transposed, as a linear layer multiplies."""
-    left, right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
-    out = torch.empty(m, n, dtype=dtype)
-    torch.mm(left, right.T, out=out)
+def _seconds(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], *factors: torch.Tensor) -> float:
+    """Of (m, k) times a weight (n, k) transposed, as a linear layer multiplies; the median."""
+    product(*factors)
     times: list[float] = []
     while sum(times) < SECONDS or len(times) < LEAST:
         began = time.perf_counter()
-        torch.mm(left, right.T, out=out)
+        product(*factors)
         times.append(time.perf_counter() - began)
-    return 2 * m * k * n / statistics.median(times)
+    return statistics.median(times)
 
 
 def profile(job: dict[str, Any]) -> list[tuple[str, float, int]]:

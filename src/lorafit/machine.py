@@ -19,11 +19,21 @@ FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 @cache
 def processor() -> tuple[str, frozenset[str]]:
     """(model name, features of FEATURES that it has), from /proc/cpuinfo; the platform's name elsewhere."""
-    lines = reversed(_read(PROC / "cpuinfo").splitlines())
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
+    named = _cpuinfo()
     flags = set((named.get("flags") or named.get("Features") or "").split())
     return named.get("model name") or platform.processor() or platform.machine(), frozenset(flags & set(FEATURES))
+
+
+def vendor() -> str:
+    """Who made the processor, as /proc/cpuinfo names it: `GenuineIntel`, `AuthenticAMD`; "" where it does not tell."""
+    return _cpuinfo().get("vendor_id", "")
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's fields."""
+    lines = reversed(_read(PROC / "cpuinfo").splitlines())
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines) if value}
 
 
 def fast_bf16() -> bool:

@@ -35,6 +35,7 @@ from lorafit.formats.tokenizer import TextTokenizer
 from lorafit.frozen.fingerprint import EXACT_FORMATS, digest, fingerprint
 from lorafit.inputs import read_rows, read_template
 from lorafit.kernels import native
+from lorafit.kernels.product import onednn_is_faster
 from lorafit.model import buffers
 from lorafit.model.head import decoder_of
 from lorafit.model.load import Base, bytes_by_format, configuration, context_of, load_base
@@ -176,7 +177,8 @@ def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
     resolved, tokenizer, config = read.resolved, read.tokenizer, read.resolved.config
     base = load_base(read.source, tokenizer, config.base, config.compute, paged=config.paging == "on")
     base = replace(base, head=replace(base.head, chunk=int(config.loss_chunk or base.head.chunk)))
-    machine.settle_allocator(keeps=base.fused < len(decoder_of(base.model).layers) or config.use_dora)
+    own_memory = config.compute == "fp32" and onednn_is_faster()  # a product's, in every step
+    machine.settle_allocator(keeps=base.fused < len(decoder_of(base.model).layers) or config.use_dora or own_memory)
     buffers.expect(max(int(config.micro_batch_tokens or 1), read.prediction.use.longest))  # one size, no holes
     base_digest = digest(fingerprint(base.model))
     if config.method == "full":

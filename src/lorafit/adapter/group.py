@@ -27,6 +27,7 @@ from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenLinear
 from lorafit.frozen.scratch import scratch
 from lorafit.frozen.weight import BLOCK_WEIGHTS, FrozenWeight
+from lorafit.kernels.product import product
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Group:
         """dh (T, R) from dy (T, O)."""
         dh_TR = grad_TO.new_empty(len(grad_TO), self.rank)
         for part, B in zip(self.parts, self._Bs(grad_TO.dtype), strict=True):
-            dh_TR[:, part.low] = grad_TO[:, part.columns] @ B
+            product(grad_TO[:, part.columns], B.T, out=dh_TR[:, part.low])
         return dh_TR
 
     def backward_input(self, grad_TO: Tensor, dh_TR: Tensor, dx_TI: Tensor) -> Tensor:
@@ -105,10 +106,10 @@ class Group:
         plain = all(part.adapter.width == part.adapter.rank for part in self.parts)
         together = None
         if self.parts and not self._drops:
-            together = (dh_TR if plain else torch.cat(folded, dim=1)).T @ x_TI
+            together = product((dh_TR if plain else torch.cat(folded, dim=1)).T, x_TI.T)
         for part, dh in zip(self.parts, folded, strict=True):
-            dA = dh.T @ part.adapter.dropout(x_TI) if together is None else together[part.rows]
-            dB = grad_TO[:, part.columns].T @ h_TR[:, part.low][:, : part.adapter.rank]
+            dA = product(dh.T, part.adapter.dropout(x_TI).T) if together is None else together[part.rows]
+            dB = product(h_TR[:, part.low][:, : part.adapter.rank].T, grad_TO[:, part.columns].T).T
             grads += [dA.float() * part.adapter.scale, dB.float()]
         return grads
 
@@ -116,7 +117,7 @@ class Group:
         """dW = dy^T x and db of each W and bias that is trained, in the order of `parameters`, fp32."""
         grads: list[Tensor] = []
         matrices = any(parameter.ndim == 2 for own in self._trained for parameter in own)
-        together = grad_TO.T @ x_TI if matrices else grad_TO
+        together = product(grad_TO.T, x_TI.T) if matrices else grad_TO
         for own, columns in zip(self._trained, self.columns, strict=True):
             for parameter in own:
                 is_bias = parameter.ndim == 1
@@ -132,8 +133,8 @@ class Group:
         if not self.parts:
             return x_TI.new_empty(len(x_TI), 0)
         if not self._drops:
-            return x_TI @ self._scaled_A(x_TI.dtype).T
-        return torch.cat([p.adapter.dropout(x_TI) @ _scaled(p.adapter, x_TI.dtype).T for p in self.parts], dim=1)
+            return product(x_TI, self._scaled_A(x_TI.dtype))
+        return torch.cat([product(p.adapter.dropout(x_TI), _scaled(p.adapter, x_TI.dtype)) for p in self.parts], dim=1)
 
     def _scaled_A(self, dtype: torch.dtype) -> Tensor:
         """s A of all adapters, one below the other (R, I), for the forward and the backward pass."""
@@ -150,7 +151,7 @@ class Group:
     def _product(self, x_TI: Tensor, y_TO: Tensor) -> None:
         matrix_OI = self._matrix(x_TI.dtype)
         if matrix_OI is not None:
-            torch.mm(x_TI, matrix_OI.T, out=y_TO)
+            product(x_TI, matrix_OI, out=y_TO)
             return
         for weight, columns in zip(self.weights, self.columns, strict=True):
             y_TO[:, columns] = weight(x_TI)
@@ -158,7 +159,7 @@ class Group:
     def _transposed_product(self, grad_TO: Tensor, dx_TI: Tensor) -> None:
         matrix_OI = self._matrix(grad_TO.dtype)
         if matrix_OI is not None:
-            torch.mm(grad_TO, matrix_OI, out=dx_TI)
+            product(grad_TO, matrix_OI.T, out=dx_TI)
             return
         dx_TI.zero_()
         for weight, columns in zip(self.weights, self.columns, strict=True):

@@ -32,6 +32,7 @@ from lorafit.kernels import BLOCK_TYPES, native, ops
 from lorafit.kernels import layer as parts
 from lorafit.kernels.attention import Rules, attend, attend_backward
 from lorafit.kernels.layer import entropy
+from lorafit.kernels.product import product
 
 TIMES = 3
 WEIGHTS = 1 << 22  # of a product that is measured; wider ones are taken as so many times as long
@@ -254,9 +255,9 @@ def _head(hidden: int, vocabulary: int, tokens: int, dtype: torch.dtype) -> floa
     gradient = torch.zeros(tokens, hidden)
 
     def work() -> None:
-        torch.mm(x, weight.T, out=logits)
+        product(x, weight, out=logits)
         entropy(logits, targets, 1.0, None, True)
-        gradient.add_(logits @ weight)
+        gradient.add_(product(logits, weight.T))
 
     return _best(work)
 

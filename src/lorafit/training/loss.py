@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorafit.kernels.layer import entropy
+from lorafit.kernels.product import product
 from lorafit.model.buffers import give, take
 from lorafit.model.head import Head
 from lorafit.training.head_update import HeadUpdate, update_of
@@ -75,7 +76,7 @@ def _chunk(
     blocks = list(weight.blocks(BLOCK_WEIGHTS))
     logits_CV = take(len(hidden_CH), update.width, hidden_CH, most)
     for start, stop in blocks:
-        torch.mm(hidden_CH, weight.block(start, stop, hidden_CH.dtype).T, out=logits_CV[:, start:stop])
+        product(hidden_CH, weight.block(start, stop, hidden_CH.dtype), out=logits_CV[:, start:stop])
     update.add(hidden_CH, logits_CV)
     losses_C = entropy(logits_CV, targets_C, head.multiplier, head.softcap, wanted)
     if not wanted:
@@ -84,6 +85,6 @@ def _chunk(
     gradient_CH = hidden_CH.new_zeros(hidden_CH.shape, dtype=torch.float32)
     update.backward(logits_CV, hidden_CH, gradient_CH)
     for start, stop in blocks:
-        gradient_CH += logits_CV[:, start:stop] @ weight.block(start, stop, hidden_CH.dtype)
+        gradient_CH += product(logits_CV[:, start:stop], weight.block(start, stop, hidden_CH.dtype).T)
     give(logits_CV)
     return losses_C, gradient_CH.to(hidden_CH.dtype)

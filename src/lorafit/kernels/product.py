@@ -1,0 +1,61 @@
+"""x W^T, by the library that multiplies fastest here.
+
+torch multiplies fp32 with MKL, which holds AVX-512 back on processors that are not Intel's: on a Zen 5, 2 cores,
+205-215 GFLOP/s, where oneDNN, which torch brings too, has 430-480 in true fp32 (kept to AVX2, 200 and 230). So there
+oneDNN is asked; bf16 products go to it anyway. It writes into memory of its own: copying costs 5 %.
+
+Source: ours, measured.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lorafit import machine
+from lorafit.kernels import native
+
+FEWEST_ROWS = 8  # below, a product is bound by reading W, and torch's is faster
+PIECE = 1 << 22  # numbers that oneDNN's own memory may hold beside `out`: 17 MB
+
+
+def product(x_TI: Tensor, W_OI: Tensor, out: Tensor | None = None) -> Tensor:
+    """x W^T (T, O) in x's dtype, written to `out` if given. x and W may be any views; no gradient flows.
+
+    Its bits follow from the values, the kernels and the threads that run.yaml names, and from the processor's vendor.
+    """
+    if not by_onednn(x_TI, W_OI):
+        return torch.mm(x_TI, W_OI.T) if out is None else torch.mm(x_TI, W_OI.T, out=out)
+    if out is None:
+        return _onednn(x_TI, W_OI)
+    rows = max(128, PIECE // len(W_OI))
+    for start in range(0, len(x_TI), rows):
+        out[start : start + rows] = _onednn(x_TI[start : start + rows], W_OI)
+    return out
+
+
+def by_onednn(x: Tensor, W: Tensor) -> bool:
+    """Whether `product` asks oneDNN: fp32 on the CPU, a few rows, and a processor where MKL is slower. Matrices that
+    are transposed and have gaps are not for it: there it has a reference loop, a thousand times slower."""
+    if x.dtype != torch.float32 or len(x) < FEWEST_ROWS or type(x) is not Tensor or not x.is_cpu:
+        return False
+    lies = (x.stride(1) == 1 or x.T.is_contiguous()) and (W.is_contiguous() or W.T.is_contiguous())
+    return lies and onednn_is_faster()
+
+
+def onednn_is_faster() -> bool:
+    """Of fp32 here: an x86 processor that is not Intel's, and native kernels in use (`plain` is torch's own)."""
+    return native.path().startswith("avx") and _held_back()
+
+
+@cache
+def _held_back() -> bool:
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+    return known and machine.vendor() not in ("", "GenuineIntel")
+
+
+def _onednn(x_TI: Tensor, W_OI: Tensor) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, W_OI, None, "none", [], "")
+    return y
