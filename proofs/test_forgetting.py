@@ -70,15 +70,15 @@ def at(loss: float, points: Sequence[Point]) -> float:
     return float(np.interp(loss, tasks, texts))
 
 
-def test_lora_forgets_less_than_full_fine_tuning():
-    """At equal task loss: rank 8's rise is below full fine-tuning's, by the mean over three seeds; rank 8 against rank
-    64 is printed. A reversal in all seeds would falsify the claim."""
+def test_rises_at_equal_task_loss():
+    """Every run has learnt its task; each arm's rise at equal task loss is written, and what the claim comes to."""
     model = str(fetch("smollm2"))
     base = (0.0, forgetting(open_base(TrainConfig(model=model, base="bf16"))))
     rows, rises = [], {name: [] for name in ARMS}
     for seed in SEEDS:
         found = {name: [point(name, steps, seed) for steps in LENGTHS] for name in ARMS}
         start = (start_loss(seed), base[1])
+        assert SLICE or all(task < start[0] for points in found.values() for task, _ in points)
         matched = max(min(task for task, _ in points) for points in found.values())
         for name, points in found.items():
             rise = at(matched, [start, *points]) - base[1]
@@ -89,12 +89,20 @@ def test_lora_forgets_less_than_full_fine_tuning():
     notes = f"""SmolLM2-135M in bf16, WikiSQL, {LENGTHS[0]} and {LENGTHS[1]} steps of 8 rows; 100 held-out rows; the
 first 100,000 characters of WikiText-2's validation file, {base[1]:.4f} nats per token before. Rises at equal task loss,
 means over seeds {", ".join(map(str, SEEDS))}: {", ".join(f"{name} {rise:+.4f}" for name, rise in means.items())}.
-WikiSQL stands in for BANKING77 and raw text, which the claim was planned with; 135M parameters."""
+WikiSQL stands in for BANKING77 and raw text, which the claim was planned with; 135M parameters.
+
+**T6** (rank 8 rises less than full, and less than rank 64): {verdict(rises)}."""
     header = ("arm", "seed", "task loss / rise after each length", "matched task loss", "rise there")
     write_table("forgetting", "T6: what is forgotten at equal task loss", header, rows, notes)
-    if not SLICE:
-        reversed_ = [lora > full for lora, full in zip(rises["LoRA, rank 8"], rises["full"], strict=True)]
-        assert not all(reversed_)
+
+
+def verdict(rises: dict[str, list[float]]) -> str:
+    """What the claim comes to, from each arm's rise with each seed."""
+    low, high, full = rises.values()
+    against = sum(a > b for a, b in zip(low, full, strict=True))
+    told = "speaks against the claim" if against == len(full) else "reproduced" if fmean(low) < fmean(full) else "open"
+    ranks = "less" if fmean(low) < fmean(high) else "not less"
+    return f"{told}; rank 8 rises more than full with {against} of {len(full)} seeds, and {ranks} than rank 64"
 
 
 def start_loss(seed: int) -> float:

@@ -21,6 +21,9 @@ ARCHITECTURES = {
     "gpt_oss": "gpt-oss",
     "llama4_text": "llama4",
     "deepseek_v3": "deepseek2",
+    "qwen2_moe": "qwen2moe",
+    "olmoe": "olmoe",
+    "granitemoe": "granitemoe",
 }
 
 
@@ -36,7 +39,8 @@ def write_moe_gguf(path: Path, model: PreTrainedModel, tensor_type: str = "F32",
     metadata = {key: value for key, value in {**_metadata(model), **changes}.items() if value is not None}
     for key, value in ({f"{arch}.{key}": value for key, value in metadata.items()} | tiny_gguf_metadata()).items():
         _add(writer, key, value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper().replace("-", "_")], model.config.num_hidden_layers)
+    (named,) = (one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(named, model.config.num_hidden_layers)
     for name, values in _tensors(model):
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found, f"{name} has no name in {arch}"
@@ -58,7 +62,10 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     last = kind in ("gpt_oss", "llama4_text")
     for name, parameter in model.state_dict().items():
         values = parameter.detach().float()
-        if kind == "mixtral" and (".q_proj." in name or ".k_proj." in name):
+        if kind == "granitemoe":  # names as they were published
+            name = name.replace("block_sparse_moe.router", "block_sparse_moe.router.layer")
+            name = name.replace("block_sparse_moe.experts", "mlp.experts")
+        if kind in ("mixtral", "granitemoe") and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
             values = torch.from_numpy(_interleaved(values.numpy(), heads))
         if name.endswith((".experts.gate_up_proj", ".experts.gate_up_proj_bias")):
@@ -97,11 +104,20 @@ def _metadata(model: PreTrainedModel) -> dict[str, Any]:
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        "expert_count": config.num_local_experts,
+        "expert_count": getattr(config, "num_local_experts", None) or config.num_experts,
         "expert_used_count": config.num_experts_per_tok,
     }
-    if kind == "qwen3_moe":
+    if kind in ("qwen3_moe", "qwen2_moe"):
         found["expert_feed_forward_length"] = config.moe_intermediate_size
+    if kind == "qwen2_moe":
+        found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if kind == "granitemoe":
+        found |= {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
     if kind == "gpt_oss":
         found["expert_feed_forward_length"] = config.intermediate_size
         found["attention.sliding_window"] = config.sliding_window

@@ -17,7 +17,7 @@ from lorafit.model.sources import open_source
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
 FIELDS = (
     "model_type",
-    "num_local_experts",
+    "num_experts",
     "num_experts_per_tok",
     "hidden_size",
     "intermediate_size",
@@ -34,6 +34,9 @@ OWN = {
     "llama4_text": "intermediate_size_mlp moe_layers use_qk_norm attn_temperature_tuning floor_scale head_dim",
     "deepseek_v3": "moe_intermediate_size n_shared_experts first_k_dense_replace n_group topk_group norm_topk_prob "
     "routed_scaling_factor q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave",
+    "qwen2_moe": "moe_intermediate_size shared_expert_intermediate_size norm_topk_prob qkv_bias decoder_sparse_step",
+    "olmoe": "norm_topk_prob attention_bias clip_qkv",
+    "granitemoe": "attention_multiplier embedding_multiplier residual_multiplier logits_scaling",
 }
 
 

@@ -57,9 +57,8 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
         config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
     if architecture in ("llama", "granite", "smollm3"):
         config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
-    own = {"gemma3": _gemma3, "granite": _granite, "mistral3": _mistral3, "olmo2": _olmo2, "phi3": _phi3}.get(
-        architecture
-    )
+    own = {"gemma3": _gemma3, "granite": _granite, "granitemoe": _granite, "mistral3": _mistral3, "olmo2": _olmo2,
+           "phi3": _phi3}.get(architecture)  # fmt: skip
     more = {"no_rope_layer_interval": NO_ROPE_EVERY} if architecture == "smollm3" else {}
     return with_experts(gguf, architecture, config | more | (own(gguf, config) if own else {}))
 
@@ -72,7 +71,8 @@ def _granite(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         "residual_multiplier": ("residual_scale", 1.0),
         "logits_scaling": ("logit_scale", 1.0),
     }
-    return {field: _positive(gguf, f"granite.{key}", default) for field, (key, default) in fields.items()}
+    prefix = architecture_of(gguf)
+    return {field: _positive(gguf, f"{prefix}.{key}", default) for field, (key, default) in fields.items()}
 
 
 def _mistral3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:

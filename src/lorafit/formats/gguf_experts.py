@@ -5,7 +5,7 @@
     blk.3.attn_k_b.weight, blk.3.attn_v_b.weight            self_attn.kv_b_proj.weight, joined, the first transposed
 
 Rows of experts are used as they lie; what is joined has to be unpacked. Sources: llama.cpp's loaders and conversions of
-`qwen3moe`, `llama`, `gpt-oss`, `llama4` and `deepseek2`.
+`qwen3moe`, `llama`, `gpt-oss`, `llama4`, `deepseek2`, `qwen2moe`, `olmoe` and `granitemoe`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def shapes_of(
 def with_experts(gguf: GgufFile, architecture: str, config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with what the file says of experts, and of the rest of these families."""
     own = {"qwen3_moe": _qwen3, "mixtral": _mixtral, "gpt_oss": _gpt_oss, "llama4_text": _llama4}
-    own |= {"deepseek_v3": _deepseek}
+    own |= {"deepseek_v3": _deepseek, "qwen2_moe": _qwen2, "olmoe": _olmoe, "granitemoe": _granite}
     kind = config["model_type"]
     return config if kind not in own else config | own[kind](gguf, f"{architecture}.{{}}".format, config)
 
@@ -135,6 +135,30 @@ def _qwen3(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
         "moe_intermediate_size": count(gguf, key("expert_feed_forward_length")),
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
+    }
+
+
+def _qwen2(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Scores of the chosen experts do not sum to one in llama.cpp's; a shared expert stands beside them."""
+    return _qwen3(gguf, key, config) | {
+        "shared_expert_intermediate_size": count(gguf, key("expert_shared_feed_forward_length")),
+        "norm_topk_prob": False,
+        "qkv_bias": config["attention_bias"],
+    }
+
+
+def _olmoe(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": count(gguf, key("expert_count")),
+        "num_experts_per_tok": count(gguf, key("expert_used_count")),
+        "norm_topk_prob": False,
+    }
+
+
+def _granite(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_local_experts": count(gguf, key("expert_count")),
+        "num_experts_per_tok": count(gguf, key("expert_used_count")),
     }
 
 

@@ -60,6 +60,14 @@ LLAMA4 = {
     **{f"ffn_{matrix}_exps": f"feed_forward.experts.{matrix}_proj" for matrix in ("gate", "up", "down")},
     **{f"ffn_{matrix}_shexp": f"feed_forward.shared_expert.{matrix}_proj" for matrix in ("gate", "up", "down")},
 }
+SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    **{f"ffn_{matrix}_shexp": f"mlp.shared_expert.{matrix}_proj" for matrix in ("gate", "up", "down")},
+}
+GRANITE_EXPERTS = {
+    "ffn_gate_inp": "block_sparse_moe.router",
+    **{f"ffn_{matrix}_exps": f"block_sparse_moe.experts.{matrix}_proj" for matrix in ("gate", "up", "down")},
+}
 DEEPSEEK2 = {
     "attn_q_a": "self_attn.q_a_proj",
     "attn_q_a_norm": "self_attn.q_a_layernorm",
@@ -108,6 +116,9 @@ FAMILIES = {
     "phi3": Family("phi3", _without(LAYER, "attn_q", "attn_k", "attn_v", "ffn_gate") | FUSED),
     "olmo2": Family("olmo2", _without(LAYER, "attn_norm", "ffn_norm") | HEAD_NORMS | NORMS_BEHIND),
     "qwen3moe": Family("qwen3_moe", _without(LAYER, *DENSE) | HEAD_NORMS | EXPERTS),
+    "qwen2moe": Family("qwen2_moe", _without(LAYER, *DENSE) | EXPERTS | SHARED_EXPERT),
+    "olmoe": Family("olmoe", _without(LAYER, *DENSE) | HEAD_NORMS | EXPERTS),
+    "granitemoe": Family("granitemoe", _without(LAYER, *DENSE) | GRANITE_EXPERTS, interleaved=True),
     "gpt-oss": Family(
         "gpt_oss",
         _without(LAYER, *DENSE, "ffn_norm") | EXPERTS | GPT_OSS,

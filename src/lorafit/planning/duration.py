@@ -27,7 +27,9 @@ FIXED_SAVE = 0.05  # seconds
 DECODED = 64  # tokens of each sample in the report
 SAMPLES = 2  # times that they are made: base and adapter
 DECODE_LAYER = 0.8e-3  # seconds of calls in a layer for one more token (measured)
+DECODE_ADAPTER = 0.5e-3  # the same of a layer's adapters (measured)
 LOAD = 0.4  # seconds to build a model however small it is (measured)
+TOKEN = 8e-6  # seconds to hash a token of the vocabulary for the run's identity (measured)
 REPORT = 0.3  # seconds: fingerprint, adapter, pages
 
 
@@ -52,6 +54,8 @@ class Work:
     evaluations: int = 0
     saves: int = 0
     samples: int = 0
+    prompts: int = 0
+    """Tokens of the samples' prompts."""
 
 
 @dataclass
@@ -91,7 +95,7 @@ class Clock:
 
     def load(self) -> float:
         """Seconds to build the model and store its weights as --base says."""
-        total = LOAD
+        total = LOAD + TOKEN * self.model.vocabulary
         for matrix in self.model.matrices:
             private, _ = stored(matrix, self.use.base, self.model, self.use.base)
             if private:
@@ -104,9 +108,13 @@ class Clock:
         """Seconds of the report's answers."""
         if not work.samples:
             return 0.0
-        read = sum(m.weights * m.active / m.experts for m in self.model.matrices)
-        one = len(self.model.layers) * DECODE_LAYER + read * self.speeds.unpack("Q8_0")
-        return SAMPLES * DECODED * one
+        layers, one = len(self.model.layers), len(self.model.layers) * DECODE_LAYER
+        for m in (*(m for layer in self.model.layers for m in layer.matrices), self.model.output):
+            form = self._form(m.format, m.columns)
+            one += m.weights * m.active / m.experts * self.speeds.decode(form, work.samples)
+        adapters = 0.0 if self.use.full else DECODED * layers * DECODE_ADAPTER
+        asked = self.pack(Pack(work.prompts, work.samples, work.prompts / work.samples), trains=False)
+        return SAMPLES * (asked + DECODED * one) + adapters
 
     def whole(self, work: Work) -> float:
         """Seconds from here to the end of the command: nothing is loaded yet."""

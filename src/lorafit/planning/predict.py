@@ -261,13 +261,15 @@ def _work(config: TrainConfig, plan: Plan, rows: Rows, few: int = SEEN) -> Work:
     ]
     every = int(config.save_every or plan.steps)
     evaluated = -(-plan.steps // int(config.eval_every or plan.steps)) if rows.evaluation else 0
+    asked = rows.evaluation[:SAMPLES]
     return Work(
         steps=steps,
         count=plan.steps,
         evaluation=_packs(rows.evaluation, range(len(rows.evaluation)), budget, True),
         evaluations=evaluated,
         saves=-(-plan.steps // every),
-        samples=min(SAMPLES, len(rows.evaluation)),
+        samples=len(asked),
+        prompts=sum(list(row.trained).index(True) for row in asked),
     )
 
 

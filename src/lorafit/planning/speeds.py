@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,10 +35,10 @@ from lorafit.kernels.attention import Rules, attend, attend_backward
 from lorafit.kernels.layer import entropy
 from lorafit.kernels.product import product
 
-TIMES = 3
+TIMES = 5
 WEIGHTS = 1 << 22  # of a product that is measured; wider ones are taken as so many times as long
 WORK = 3 * 10**9  # multiplications of one measured call at most
-TOKENS = 512  # at which products are measured
+TOKENS = 1024  # at which products are measured: a pack's, so that what leaves the cache there leaves it here
 LENGTHS = 64, 512  # of documents, between and beyond which attention's time per token is a straight line
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -113,6 +114,11 @@ class Speeds:
         """Seconds a weight to unpack from this format."""
         return self.of(f"unpack {form}", lambda: _unpack(form, self.dtype)) / (1 << 21)
 
+    def decode(self, form: str | None, rows: int) -> float:
+        """Seconds a weight of a product of few rows, as one more token of each answer takes; None: not packed."""
+        name = f"decode {rows} {form or 'dense'}"
+        return self.of(name, lambda: _decode(form, rows, self.dtype)) / (1 << 21)
+
     def quantise(self, form: str) -> float:
         """Seconds a weight to quantise to `nf4` or `int8`."""
         return self.of(f"quantise {form}", lambda: _quantise(form)) / (1 << 18)
@@ -149,19 +155,24 @@ def _read(file: Path | None) -> dict[str, float]:
     return found if good else {}
 
 
-def _best(work: Callable[[], Any]) -> float:
-    """The best of a few runs after one that is not counted."""
+def _usual(work: Callable[[], Any]) -> float:
+    """The median of a few runs after one that is not counted: no run has the machine at its best throughout."""
     work()
     times = []
     for _ in range(TIMES):
         began = time.perf_counter()
         work()
         times.append(time.perf_counter() - began)
-    return min(times)
+    return statistics.median(times)
+
+
+def _numbers(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Random ones: a processor multiplies zeros with less power, and so faster."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def _group(rows: int, columns: int, rank: int, dtype: torch.dtype) -> Group:
-    base = FrozenLinear(DenseWeight(torch.zeros(rows, columns, dtype=dtype)))
+    base = FrozenLinear(DenseWeight(_numbers(rows, columns, dtype=dtype)))
     if rank == 0:
         return Group([base])
     adapter = LoraAdapter(columns, rows, rank, float(rank), PlacedDropout(0.0, "", None))
@@ -174,39 +185,39 @@ def _group(rows: int, columns: int, rank: int, dtype: torch.dtype) -> Group:
 @torch.no_grad()
 def _product(rows: int, columns: int, rank: int, tokens: int, dtype: torch.dtype, backward: bool) -> float:
     group = _group(rows, columns, rank, dtype)
-    x, y = torch.zeros(tokens, columns, dtype=dtype), torch.zeros(tokens, rows, dtype=dtype)
+    x, y = _numbers(tokens, columns, dtype=dtype), torch.empty(tokens, rows, dtype=dtype)
     low = group.forward(x, y)
     if not backward:
-        return _best(lambda: group.forward(x, y))
+        return _usual(lambda: group.forward(x, y))
 
     def back() -> None:
         low_d = group.backward_low(y)
         group.backward_adapters(y, low_d, x, low)
         group.backward_input(y, low_d, x)
 
-    return _best(back)
+    return _usual(back)
 
 
 def _attention(heads: int, keys: int, dim: int, length: int, dtype: torch.dtype, backward: bool) -> float:
     """Seconds of max(LENGTHS) tokens; of few heads, where there are many alike."""
     share = heads // keys if heads % keys == 0 else 1
     few = max(1, min(keys, 8))
-    q = torch.zeros(max(LENGTHS), few * share, dim, dtype=dtype)
-    k, v = (torch.zeros(max(LENGTHS), few, dim, dtype=dtype) for _ in range(2))
+    q = _numbers(max(LENGTHS), few * share, dim, dtype=dtype)
+    k, v = (_numbers(max(LENGTHS), few, dim, dtype=dtype) for _ in range(2))
     out, rules = torch.empty_like(q), Rules(dim**-0.5)
     documents = list(range(0, max(LENGTHS) + 1, length))
     lse = attend(q, k, v, documents, rules, out)
     if not backward:
-        seconds = _best(lambda: attend(q, k, v, documents, rules, out))
+        seconds = _usual(lambda: attend(q, k, v, documents, rules, out))
     else:
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        seconds = _best(lambda: attend_backward(out, q, k, v, out, lse, documents, rules, *grads))
+        seconds = _usual(lambda: attend_backward(out, q, k, v, out, lse, documents, rules, *grads))
     return seconds * heads / (few * share)
 
 
 def _between(hidden: int, inner: int, query: int, keys: int, dtype: torch.dtype, backward: bool) -> float:
     def numbers(width: int) -> Tensor:
-        return torch.zeros(TOKENS, width, dtype=dtype)
+        return _numbers(TOKENS, width, dtype=dtype)
 
     x, y, gate, up, turned = numbers(hidden), numbers(hidden), numbers(inner), numbers(inner), numbers(query + keys)
     weight, scale = torch.ones(hidden), torch.ones(TOKENS)
@@ -226,31 +237,41 @@ def _between(hidden: int, inner: int, query: int, keys: int, dtype: torch.dtype,
         turned.mul_(1.0)
         x.add_(y)
 
-    return _best(back if backward else there)
+    return _usual(back if backward else there)
 
 
-def _unpack(form: str, dtype: torch.dtype) -> float:
+def _stored(form: str) -> ops.Stored:
+    """2 M weights of a format."""
     rows, columns = 512, 4096
     if form in ("NF4", "INT8"):
         values = torch.zeros(rows, columns)
-        stored = ops.quantise_nf4(values) if form == "NF4" else ops.quantise_int8(values)
-    else:
-        block = BLOCK_TYPES[form]
-        stored = ops.Stored(
-            form, columns, torch.zeros(rows, columns // block.elements * block.bytes, dtype=torch.uint8)
-        )
-    out = torch.empty(rows, columns, dtype=dtype)
-    return _best(lambda: ops.unpack(stored, 0, out))
+        return ops.quantise_nf4(values) if form == "NF4" else ops.quantise_int8(values)
+    block = BLOCK_TYPES[form]
+    return ops.Stored(form, columns, torch.zeros(rows, columns // block.elements * block.bytes, dtype=torch.uint8))
+
+
+def _unpack(form: str, dtype: torch.dtype) -> float:
+    stored, out = _stored(form), torch.empty(512, 4096, dtype=dtype)
+    return _usual(lambda: ops.unpack(stored, 0, out))
+
+
+def _decode(form: str | None, rows: int, dtype: torch.dtype) -> float:
+    x = _numbers(rows, 4096, dtype=dtype)
+    if form is None:
+        dense = _numbers(512, 4096, dtype=dtype)
+        return _usual(lambda: product(x, dense))
+    stored = _stored(form)
+    return _usual(lambda: ops.matvec(stored, x))
 
 
 def _quantise(form: str) -> float:
     values = torch.zeros(64, 4096)
-    return _best(lambda: ops.quantise_nf4(values) if form == "nf4" else ops.quantise_int8(values))
+    return _usual(lambda: ops.quantise_nf4(values) if form == "nf4" else ops.quantise_int8(values))
 
 
 @torch.no_grad()
 def _head(hidden: int, vocabulary: int, tokens: int, dtype: torch.dtype) -> float:
-    weight, x = torch.zeros(vocabulary, hidden, dtype=dtype), torch.zeros(tokens, hidden, dtype=dtype)
+    weight, x = _numbers(vocabulary, hidden, dtype=dtype), _numbers(tokens, hidden, dtype=dtype)
     logits, targets = torch.zeros(tokens, vocabulary, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
     gradient = torch.zeros(tokens, hidden)
 
@@ -259,7 +280,7 @@ def _head(hidden: int, vocabulary: int, tokens: int, dtype: torch.dtype) -> floa
         entropy(logits, targets, 1.0, None, True)
         gradient.add_(product(logits, weight.T))
 
-    return _best(work)
+    return _usual(work)
 
 
 def _disk(file: str) -> float:
@@ -290,4 +311,4 @@ def _overhead(rank: int, dtype: torch.dtype) -> float:
         group.backward_adapters(y, low_d, x, low)
         group.backward_input(y, low_d, x)
 
-    return _best(both)
+    return _usual(both)
