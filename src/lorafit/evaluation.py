@@ -135,7 +135,7 @@ def _table(results: Sequence[Entry], forget_on: str | None) -> Iterator[tuple[st
     if "choice" in results[0]:
         yield ("choice, mean chance", *(f"{entry['choice']['mean_chance']:.1%}" for entry in results))
     if "bleu" in results[0]:
-        yield ("BLEU", *(f"{entry['bleu']['score']:.2f}" for entry in results))
+        yield ("BLEU", *map(_bleu, results))
 
 
 def _loss_lines(results: Sequence[Entry], where: str) -> Iterator[tuple[str, ...]]:
@@ -150,6 +150,11 @@ def _loss_lines(results: Sequence[Entry], where: str) -> Iterator[tuple[str, ...
 def _share(entry: Entry, share: float, gap: dict[str, float | None]) -> str:
     points = {name: None if value is None else 100 * value for name, value in gap.items()}
     return f"{share:.1%}" + (_interval(points, ".1f") if entry["adapter"] else "")
+
+
+def _bleu(entry: Entry) -> str:
+    found = entry["bleu"]
+    return f"{found['score']:.2f}" + (_interval(found["difference"], ".2f") if entry["adapter"] else "")
 
 
 def _interval(gap: dict[str, Any], form: str) -> str:

@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from builders.commands import World, run
+from lorafit.compare import study
 from lorafit.compare.arms import Arm, _train
+from lorafit.compare.study import Study
 from lorafit.config import TrainConfig, read_yaml
+from lorafit.errors import MemoryLimitError
 from lorafit.evaluate.heldout import held_out
 from lorafit.inputs import read_rows
+from lorafit.run import read_input
 from lorafit.tuned import reopen
 
 FLAGS = ["--max-steps", 4, "--batch-size", 4, "--threads", 1, "--save-every", 2, "--compute", "fp32", "--rank", 4]
@@ -144,6 +148,29 @@ def test_runs_that_differ_are_not_compared(world, compared, tmp_path):
     done = run("compare", "--resume", out)
     assert done.code == 2
     assert "full: has seed 1, and lora 0; start the comparison anew" in done.err
+
+
+def test_a_method_that_does_not_fit_leaves_the_others(world, tmp_path, monkeypatch):
+    """The table says what it lacks, the advice too; with no method that fits, that is the error."""
+    settings = {"max_steps": 2, "batch_size": 4, "threads": 1, "compute": "fp32", "rank": 4, "eval": [str(world.test)]}
+    found = Study(str(world.gguf), (str(world.data),), ("lora", "full"), False, None, settings)
+    lacking = {"full"}
+
+    def read(resolved, **named):
+        if resolved.config.method in lacking:
+            raise MemoryLimitError("--memory", "1.00 GB is 0.50 GB less than the 1.50 GB that this run needs at least")
+        return read_input(resolved, **named)
+
+    monkeypatch.setattr(study, "read_input", read)
+    figures = study.compare(found, tmp_path / "out")
+    assert "0.50 GB less" in figures["methods"]["full"]["failure"]
+    assert figures["methods"]["lora"]["loss"] < figures["base_loss"] + 1
+    assert figures["advice"][0]["say"] == "full gave no result here."
+    assert "0.50 GB less" in (tmp_path / "out" / "compare.md").read_text()
+    lacking.add("lora")
+    with pytest.raises(MemoryLimitError):
+        study.compare(found, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_adapter_settings_go_to_lora_alone(tmp_path):

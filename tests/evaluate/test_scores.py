@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from lorafit.errors import ConfigError
+from lorafit.evaluate import scores
 from lorafit.evaluate.scores import (
+    bleu_counts,
+    bleu_difference,
+    bleu_of,
     corpus_bleu,
     exact,
     field_f1,
@@ -94,6 +99,31 @@ def test_bleu_is_sacrebleus():
     assert found["score"] == sacrebleu.corpus_bleu(["the cat sat on the mat", "a dog"], [right]).score
     assert "version:" in found["signature"]
     assert corpus_bleu(right, right)["score"] == pytest.approx(100)
+
+
+def test_bleu_from_counts_is_bleu_of_the_texts():
+    """Sums of rows' counts give the library's corpus score; the paired interval is that of scoring each sample's texts
+    anew, which is the slow way."""
+    rng = np.random.default_rng(3)
+    words = ["the", "cat", "dog", "sat", "on", "a", "mat", "and", "barks", "loudly", "now"]
+    right = [" ".join(rng.choice(words, 9)) for _ in range(12)]
+    one, other = (
+        [" ".join(w if rng.random() < p else "x" for w in text.split()) for text in right] for p in (0.9, 0.7)
+    )
+    a, b = bleu_counts(one, right), bleu_counts(other, right)
+    assert bleu_of(a) == pytest.approx(corpus_bleu(one, right)["score"])
+
+    def slow(texts, sample):
+        return corpus_bleu([texts[n] for n in sample], [right[n] for n in sample])["score"]
+
+    samples = np.random.default_rng(0).integers(12, size=(scores.RESAMPLED, 12))
+    gaps = [slow(one, sample) - slow(other, sample) for sample in samples]
+    found = bleu_difference(a, b)
+    assert [found["low"], found["high"]] == pytest.approx(list(np.percentile(gaps, [2.5, 97.5])))
+    assert found["mean"] == pytest.approx(bleu_of(a) - bleu_of(b))
+    assert found["low"] > 0
+    assert bleu_difference(a[:1], b[:1])["low"] is None
+    assert bleu_difference(a, a) == {"mean": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_rouge_is_rouge_scores():

@@ -96,6 +96,8 @@ def test_the_second_model_is_compared_with_the_first_row_by_row(base, other):
     assert first["exact_match"]["share"] == 1.0
     assert second["exact_match"]["difference"] == {"mean": -1.0, "low": -1.0, "high": -1.0}
     assert first["bleu"]["score"] == pytest.approx(100)
+    assert first["bleu"]["difference"]["mean"] == 0
+    assert second["bleu"]["difference"]["mean"] == pytest.approx(second["bleu"]["score"] - 100)
     for kind in ("rouge1", "rouge2", "rougeL"):
         gap = second["rouge"][kind]["mean"] - first["rouge"][kind]["mean"]
         assert second["rouge"][kind]["difference"]["mean"] == pytest.approx(gap)

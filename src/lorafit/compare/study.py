@@ -20,7 +20,7 @@ from lorafit.compare.measure import gaps, measure
 from lorafit.compare.page import markdown, page
 from lorafit.config import ADAPTER_ONLY, Resolved, TrainConfig, from_values, read_yaml
 from lorafit.data.tokens import TokenRow
-from lorafit.errors import ConfigError, ResumeError
+from lorafit.errors import ConfigError, MemoryLimitError, ResumeError
 from lorafit.formats.folders import make_folder, write_text_atomically
 from lorafit.inputs import read_rows
 from lorafit.kernels import native
@@ -91,20 +91,43 @@ def resume(out: Path) -> dict[str, Any]:
     return _go(study, _read(study), out)
 
 
-def _read(study: Study) -> dict[str, Input]:
-    """Each method's rows and settled settings; what is wrong with them is found here, before anything runs."""
-    reads = {method: read_input(Resolved(study.config(method))) for method in study.methods}
-    if not next(iter(reads.values())).evaluation:
+@dataclass(frozen=True)
+class Reads:
+    """Each method's rows and settled settings, and why a method that does not fit in memory has none."""
+
+    fitting: dict[str, Input]
+    lacking: dict[str, str]
+
+
+def _read(study: Study) -> Reads:
+    """What is wrong with rows and settings is found here, before anything runs. Raises MemoryLimitError where no method
+    fits."""
+    fitting: dict[str, Input] = {}
+    lacking: dict[str, MemoryLimitError] = {}
+    for method in study.methods:
+        try:
+            fitting[method] = read_input(Resolved(study.config(method)))
+        except MemoryLimitError as error:
+            lacking[method] = error
+    if not fitting:
+        raise next(iter(lacking.values()))
+    first = next(iter(fitting.values()))
+    if not first.evaluation:
         raise ConfigError("--eval-fraction", "holds out no row", "give --eval")
-    _forget_rows(study, next(iter(reads.values())))
-    return reads
+    _forget_rows(study, first)
+    return Reads(fitting, {method: str(error) for method, error in lacking.items()})
 
 
-def _go(study: Study, reads: dict[str, Input], out: Path) -> dict[str, Any]:
+def _go(study: Study, reads: Reads, out: Path) -> dict[str, Any]:
     """Every run, then the measuring and the telling."""
     best: dict[str, Outcome] = {}
     sweeps: dict[str, Any] = {}
-    for method, read in reads.items():
+    for method in study.methods:
+        if method in reads.lacking:
+            why = f"does not fit in memory: {reads.lacking[method]}"
+            console.warn(f"{method} {why}")
+            best[method] = Outcome(Arm(method), out / method, None, why)
+            continue
         if not study.lr_sweep:
             best[method] = run_arm(Arm(method), study.model, study.data, out, study.settings)
             continue
@@ -112,14 +135,15 @@ def _go(study: Study, reads: dict[str, Input], out: Path) -> dict[str, Any]:
         def run(lr: float, method: str = method) -> Outcome:
             return run_arm(Arm(method, lr), study.model, study.data, out, study.settings)
 
-        best[method], outcomes, inside = sweep.find(float(read.resolved.config.lr or 0.0), run)
+        rule = float(reads.fitting[method].resolved.config.lr or 0.0)
+        best[method], outcomes, inside = sweep.find(rule, run)
         rates = [{"lr": o.arm.lr, "loss": o.loss if o.report else None, "note": o.failure} for o in outcomes]
         sweeps[method] = {"best": best[method].arm.lr, "inside": inside, "rates": rates}
     made = {method: outcome for method, outcome in best.items() if outcome.report is not None}
     if not made:
         raise ConfigError("lorafit compare", "no run gave a result", "; ".join(o.failure for o in best.values()))
     _check_alike([outcome.folder for outcome in made.values()])
-    found = _figures(study, next(iter(reads.values())), best, made, sweeps or None)
+    found = _figures(study, next(iter(reads.fitting.values())), best, made, sweeps or None)
     write_text_atomically(out / "compare.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
     write_text_atomically(out / "compare.md", markdown(found))
     write_text_atomically(out / "compare.html", page(found))

@@ -79,6 +79,7 @@ class Judge:
     def __init__(self, task: Task, budget: int) -> None:
         self._task, self._budget = task, budget
         self._first: scores.Scores = {}
+        self._counts: np.ndarray | None = None
 
     def __call__(self, model: Any, head: Head, tokenizer: TextTokenizer) -> dict[str, Any]:
         """The task's figures of the model as it stands, by metric."""
@@ -93,7 +94,7 @@ class Judge:
             elif metric == "choice":
                 found[metric] = self._choice(model, head)
             elif metric == "bleu":
-                found[metric] = {**scores.corpus_bleu(answers, task.expected), "rows": len(answers)}
+                found[metric] = self._bleu(answers)
             else:
                 rate = {"json": scores.json_scores, "rouge": scores.rouge_scores}[metric]
                 parts = rate(answers, task.expected)
@@ -107,6 +108,13 @@ class Judge:
             return []
         told = generate(model, self._task.prompts, max_tokens=self._task.max_tokens, end_ids=tokenizer.end_ids)
         return [tokenizer.decode(ids, skip_special=True) for ids in told]
+
+    def _bleu(self, answers: list[str]) -> dict[str, Any]:
+        """Corpus BLEU, and its difference from the first model's."""
+        counts = scores.bleu_counts(answers, self._task.expected)
+        self._counts = counts if self._counts is None else self._counts
+        gap = scores.bleu_difference(counts, self._counts)
+        return {**scores.corpus_bleu(answers, self._task.expected), "rows": len(answers), "difference": gap}
 
     def _choice(self, model: Any, head: Head) -> dict[str, Any]:
         """Accuracy of the likeliest label, and the mean chance of the right one among all."""
