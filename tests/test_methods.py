@@ -220,13 +220,27 @@ def test_new_tokens_come_back_on_the_plain_base(family, spare, world, tmp_path, 
     )
 
 
+def test_an_adapter_with_new_tokens_is_evaluated_as_its_run_was(world, tmp_path):
+    """Base and adapter have the losses of the run's report, and `preview` the run's tokens."""
+    files = {"model": world.model, "data": world.data, "eval": world.test}
+    result = lorafit.train(out=tmp_path / "out", **{**QUICK, **files, "max_steps": 3, "new_tokens": ["ships"]})
+    done = run("eval", world.model, world.test, "--adapter", result.adapter, "--compute", "fp32", "--json")
+    assert done.code == 0, done.err
+    losses = [entry["loss"] for entry in done.json]
+    assert losses == pytest.approx([result.report["base_loss"], result.report["adapter_loss"]], abs=1e-6)
+    looked = run("preview", world.model, world.data, "--new-tokens", "ships", "--json")
+    texts = [token["text"] for row in looked.json["rows"] for token in row["tokens"]]
+    assert "ships" in texts
+
+
 def test_new_tokens_are_refused_where_they_cannot_be(world, tmp_path):
-    """One that is a token already; an adapter on a model that was not given its tokens; `eval` against the base."""
+    """One that is a token already; an adapter on a model that was not given its tokens; `eval` beside another one."""
     files = {"model": world.model, "data": world.data, "eval": world.test}
     result = lorafit.train(out=tmp_path / "out", **{**QUICK, **files, "max_steps": 1, "new_tokens": ["ships"]})
     known = run("train", world.model, world.data, "--out", tmp_path / "no", "--new-tokens", "<|im_end|>")
     assert (known.code, "is a token already; give it to --train-tokens" in known.err) == (2, True)
-    measured = run("eval", world.model, world.test, "--adapter", result.adapter)
-    assert (measured.code, "adds tokens, and the base cannot be measured" in measured.err) == (2, True)
+    two = ["--adapter", result.adapter, "--adapter", result.adapter]
+    measured = run("eval", world.model, world.test, *two)
+    assert (measured.code, "adds tokens, and so reads the rows in its own way" in measured.err) == (2, True)
     with pytest.raises(AdapterError, match="adds 1 tokens that the model's tokenizer was not given"):
         lorafit.load_adapter(lorafit.load(world.model, compute="fp32"), result.adapter)

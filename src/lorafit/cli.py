@@ -270,7 +270,7 @@ def compare(
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True)
 @click.option("-n", "count", type=click.IntRange(0), help="Rows to show. [default: 3; all with --json]")
-@config_options("eval", "max_length", "trained", "template")
+@config_options("eval", "max_length", "trained", "template", "new_tokens")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document with every row on standard output.")
 def preview(**options: Any) -> int:
     """Show rows exactly as MODEL will see them, trained tokens in colour, and every problem in DATA."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lorafit import console
-from lorafit.adapter.attach import detach
+from lorafit.adapter.attach import detach, enable_adapter
 from lorafit.adapter.file import tokens_of
 from lorafit.config import TrainConfig
 from lorafit.data.tokens import TokenRow
@@ -18,7 +18,7 @@ from lorafit.evaluate.tasks import Judge, Task, check_json, questions, read_metr
 from lorafit.inputs import read_rows
 from lorafit.model.load import Base
 from lorafit.planning.fit import SIZES
-from lorafit.use import encode_all, open_base, put_on, say_template, templated
+from lorafit.use import encode_all, learn_tokens, open_base, put_on, say_template, templated
 
 Entry = dict[str, Any]
 BUDGET = max(SIZES)  # tokens computed at once
@@ -53,13 +53,14 @@ def evaluate(
     wanted = read_metrics(metrics, exact_match)
     if labels is not None and "choice" not in wanted:
         raise ConfigError("--labels", "are for --metrics choice", "ask for it, or leave them out")
-    for folder in adapters:
-        if tokens_of(folder):
-            what = "adds tokens, and the base cannot be measured with them"
-            raise ConfigError(f"--adapter {folder}", what, "see its run's report, which has both losses")
+    grows = next((folder for folder in adapters if tokens_of(folder)), None)
+    if grows is not None and len(adapters) > 1:
+        raise ConfigError(f"--adapter {grows}", "adds tokens, and so reads the rows in its own way", "measure it alone")
     if len(adapters) == 1:  # several are compared on the same tokens, the model's own
         config = templated(config, adapters[0])
     loaded = open_base(config)
+    if grows is not None:
+        learn_tokens(loaded, grows)
     say_template(loaded.tokenizer)
     context = int(loaded.model.config.max_position_embeddings)
     sets = {"": config.data, **({"forget": (forget_on,)} if forget_on else {})}
@@ -71,8 +72,11 @@ def evaluate(
     results: list[Entry] = []
     plain: dict[str, HeldOut] = {}
     for adapter in (None, *adapters):
-        for note in put_on(loaded.model, config.model, adapter) if adapter is not None else []:
-            console.say(f"{adapter}: {note}")
+        put = grows if adapter is None else adapter if grows is None else None
+        for note in put_on(loaded.model, config.model, put) if put is not None else []:
+            console.say(f"{put}: {note}")
+        if grows is not None:  # the base has no rows for its tokens: it is measured with the mean of all, as they began
+            enable_adapter(loaded.model, adapter is not None)
         entry: Entry = {"adapter": adapter}
         for name, found in rows.items():
             measured = held_out(loaded.model, loaded.head, found, BUDGET)
@@ -82,7 +86,8 @@ def evaluate(
             figures = _figures(measured, plain.setdefault(name, measured), found)
             entry |= {name: figures} if name else figures
         results.append(entry | judge(loaded.model, loaded.head, loaded.tokenizer))
-        detach(loaded.model)
+        if grows is None:
+            detach(loaded.model)
     if as_json:
         return console.result_json(results)
     header = ("", *(str(entry["adapter"] or "(base)") for entry in results))

@@ -97,9 +97,9 @@ def settle_allocator(keeps: bool) -> bool:
         mallopt, trim = library.mallopt, library.malloc_trim
     except (OSError, AttributeError):
         return False
+    trim(0)  # what loading left
     if keeps:  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
         return all(mallopt(option, value) for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)))
-    trim(0)
     return bool(mallopt(-3, 1 << 20))  # M_MMAP_THRESHOLD: fixed, it would grow to what was freed
 
 

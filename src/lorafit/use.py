@@ -86,6 +86,7 @@ def preview(config: TrainConfig, *, count: int | None, as_json: bool) -> int:
     """
     source = open_source(Path(config.model))
     tokenizer = source.tokenizer(read_template(config.template))
+    tokenizer.add(config.new_tokens)
     rows, records, faults = collect_rows(config.data, tokenizer, config, context_of(source))
     problems = list(rows.problems)
     if config.eval:

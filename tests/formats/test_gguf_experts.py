@@ -17,7 +17,6 @@ from lorafit.model.sources import open_source
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
 FIELDS = (
     "model_type",
-    "num_experts",
     "num_experts_per_tok",
     "hidden_size",
     "intermediate_size",
@@ -28,15 +27,17 @@ FIELDS = (
     "tie_word_embeddings",
 )
 OWN = {
-    "qwen3_moe": "moe_intermediate_size norm_topk_prob head_dim decoder_sparse_step",
-    "mixtral": "sliding_window",
-    "gpt_oss": "sliding_window layer_types swiglu_limit swiglu_alpha head_dim attention_bias",
-    "llama4_text": "intermediate_size_mlp moe_layers use_qk_norm attn_temperature_tuning floor_scale head_dim",
-    "deepseek_v3": "moe_intermediate_size n_shared_experts first_k_dense_replace n_group topk_group norm_topk_prob "
-    "routed_scaling_factor q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave",
-    "qwen2_moe": "moe_intermediate_size shared_expert_intermediate_size norm_topk_prob qkv_bias decoder_sparse_step",
-    "olmoe": "norm_topk_prob attention_bias clip_qkv",
-    "granitemoe": "attention_multiplier embedding_multiplier residual_multiplier logits_scaling",
+    "qwen3_moe": "num_experts moe_intermediate_size norm_topk_prob head_dim decoder_sparse_step",
+    "mixtral": "num_local_experts sliding_window",
+    "gpt_oss": "num_local_experts sliding_window layer_types swiglu_limit swiglu_alpha head_dim attention_bias",
+    "llama4_text": "num_local_experts intermediate_size_mlp moe_layers use_qk_norm "
+    "attn_temperature_tuning floor_scale head_dim",
+    "deepseek_v3": "n_routed_experts moe_intermediate_size n_shared_experts first_k_dense_replace n_group "
+    "topk_group norm_topk_prob routed_scaling_factor q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave",
+    "qwen2_moe": "num_experts moe_intermediate_size shared_expert_intermediate_size norm_topk_prob "
+    "qkv_bias decoder_sparse_step",
+    "olmoe": "num_experts norm_topk_prob attention_bias clip_qkv",
+    "granitemoe": "num_local_experts attention_multiplier embedding_multiplier residual_multiplier logits_scaling",
 }
 
 

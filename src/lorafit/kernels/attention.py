@@ -7,6 +7,7 @@ keys are shared by H / K query heads each. Memory grows with the tokens, not wit
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from lorafit.kernels import native, plain
 from lorafit.kernels.registry import TYPES, address, native_for, writes
 
 LINE = 64  # bytes of a cache line, where each thread's memory begins
+_own = threading.local()
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,8 @@ def _attend(
         lse.copy_(sums)
         return
     call = _call(q, k, v, documents, scale, window, softcap, sinks, out, lse)
-    memory = _memory(found, call, backward=False)
+    _take_memory(found, call, backward=False)
     assert found.lorafit_attend(ctypes.byref(call)) == 0, "attention failed"
-    del memory
 
 
 @writes(
@@ -95,11 +96,11 @@ def _attend_backward(
     call.dq_apart, call.dk_apart, call.dv_apart = _apart(dq), _apart(dk), _apart(dv)
     tokens, heads, dim = q.shape
     few = call.documents * call.key_heads < 4 * call.threads
-    partial = torch.empty(heads, tokens, 2, dim) if few and heads > k.shape[1] else None
+    shared = few and heads > k.shape[1]
+    partial = _again("partial", heads * tokens * 2 * dim * 4) if shared else None  # (heads, tokens, 2, dim) fp32
     call.partial = address(partial)
-    memory = _memory(found, call, backward=True)
+    _take_memory(found, call, backward=True)
     assert found.lorafit_attend_backward(ctypes.byref(call)) == 0, "attention failed"
-    del memory
 
 
 def _numbers(rules: Rules) -> tuple[float, int, float]:
@@ -123,12 +124,20 @@ def _call(
     return call
 
 
-def _memory(found: ctypes.CDLL, call: native.Attention, backward: bool) -> Tensor:
-    """Room for every thread; alive as long as the caller keeps it."""
+def _take_memory(found: ctypes.CDLL, call: native.Attention, backward: bool) -> None:
+    """Room for every thread."""
     call.room = found.lorafit_attention_room(ctypes.byref(call), backward)
-    memory = torch.empty(call.room * call.threads + LINE, dtype=torch.uint8)
+    memory = _again("memory", call.room * call.threads + LINE)
     call.memory = -(-memory.data_ptr() // LINE) * LINE
-    return memory
+
+
+def _again(name: str, size: int) -> Tensor:
+    """Bytes that this thread's next call finds again: fresh memory costs a page fault for every 4 KiB, each time."""
+    mine: dict[str, Tensor] = _own.__dict__
+    if name not in mine or len(mine[name]) < size:
+        mine.pop(name, None)  # the old ones go before the new ones come
+        mine[name] = torch.empty(size, dtype=torch.uint8)
+    return mine[name]
 
 
 def _apart(x: Tensor) -> int:
