@@ -33,7 +33,8 @@ OWN = {
     "llama4_text": "num_local_experts intermediate_size_mlp moe_layers use_qk_norm "
     "attn_temperature_tuning floor_scale head_dim",
     "deepseek_v3": "n_routed_experts moe_intermediate_size n_shared_experts first_k_dense_replace n_group "
-    "topk_group norm_topk_prob routed_scaling_factor q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave",
+    "topk_group norm_topk_prob routed_scaling_factor "
+    "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave",
     "qwen2_moe": "num_experts moe_intermediate_size shared_expert_intermediate_size norm_topk_prob "
     "qkv_bias decoder_sparse_step",
     "olmoe": "num_experts norm_topk_prob attention_bias clip_qkv",
