@@ -188,7 +188,7 @@ def test_every_metric_stands_in_the_list_and_in_the_table(world, tmp_path):
         assert 0 < entry["choice"]["mean_chance"] < 1
         assert list(entry["json"]) == ["valid", "field_f1", "rows"]
         assert list(entry["rouge"]) == ["rouge1", "rouge2", "rougeL", "rows"]
-        assert list(entry["bleu"]) == ["score", "signature", "rows"]
+        assert list(entry["bleu"]) == ["score", "signature", "rows", "difference"]
     lines = run(*words).out.splitlines()[1:]
     measures = ["loss", "perplexity", "bits per byte", "exact match", "normalised match", "choice", "JSON valid"]
     measures += ["JSON field F1", "ROUGE-1", "ROUGE-2", "ROUGE-L", "choice, mean chance", "BLEU"]

@@ -228,9 +228,10 @@ def test_an_adapter_with_new_tokens_is_evaluated_as_its_run_was(world, tmp_path)
     assert done.code == 0, done.err
     losses = [entry["loss"] for entry in done.json]
     assert losses == pytest.approx([result.report["base_loss"], result.report["adapter_loss"]], abs=1e-6)
-    looked = run("preview", world.model, world.data, "--new-tokens", "ships", "--json")
-    texts = [token["text"] for row in looked.json["rows"] for token in row["tokens"]]
-    assert "ships" in texts
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "How many ships are there?", "completion": "two"}\n')
+    looked = run("preview", world.model, rows, "--new-tokens", "ships", "--json")
+    assert "ships" in [token["text"] for token in looked.json["rows"][0]["tokens"]]
 
 
 def test_new_tokens_are_refused_where_they_cannot_be(world, tmp_path):

@@ -29,7 +29,6 @@ def vendor() -> str:
     return _cpuinfo().get("vendor_id", "")
 
 
-@cache
 def _cpuinfo() -> dict[str, str]:
     """The first processor's fields."""
     lines = reversed(_read(PROC / "cpuinfo").splitlines())

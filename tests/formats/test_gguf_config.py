@@ -106,7 +106,7 @@ def test_gemma3_layers_and_scale(tmp_path: Path) -> None:
 
 # What is changed in a good llama file, and words of the error.
 REFUSED = {
-    "another architecture": ({"general.architecture": "qwen2moe"}, "'qwen2moe' is not supported yet; the nearest supp"),
+    "another architecture": ({"general.architecture": "qwen2vl"}, "'qwen2vl' is not supported yet; the nearest supp"),
     "no architecture like it": ({"general.architecture": "xyz"}, "'xyz' is not supported yet; supported: llama, qwen2"),
     "an adapter": ({"general.type": "adapter"}, "general.type: is 'adapter', not a model"),
     "a part": ({"split.count": 3}, "split.count: the model is split into 3 files"),

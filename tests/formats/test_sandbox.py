@@ -86,7 +86,7 @@ BOMBS = {
     "a recursive loop": "{% for x in [1, 2] recursive %}{{ loop([1, 2]) }}{% endfor %}",
     "slow comparisons": "{% set a = 'x' * 3900000 %}{% for i in range(99999) %}{{ 'y' in a }}{% endfor %}",
     "many slow tests": "{% set a = 'x' * 3900000 %}" + "{% if a is lower %}{% endif %}" * 300,
-    "many slow filters": "{% set a = '1' * 3900000 %}" + "{{ a | float }}" * 900,
+    "many slow filters": "{% set a = '1' * 3900000 %}" + "{{ a | float }}" * 4000,
     "many slow comparisons": "{% set a = ['x'] * 900000 %}" + "{{ 'y' in a }}" * 300,
 }
 
