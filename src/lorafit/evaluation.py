@@ -71,12 +71,13 @@ def evaluate(
     judge = Judge(_task(wanted, rows[""], labels, loaded, context, max_tokens), BUDGET)
     results: list[Entry] = []
     plain: dict[str, HeldOut] = {}
+    if grows is not None:
+        _put(loaded, config.model, grows)
     for adapter in (None, *adapters):
-        put = grows if adapter is None else adapter if grows is None else None
-        for note in put_on(loaded.model, config.model, put) if put is not None else []:
-            console.say(f"{put}: {note}")
         if grows is not None:  # the base has no rows for its tokens: it is measured with the mean of all, as they began
             enable_adapter(loaded.model, adapter is not None)
+        elif adapter is not None:
+            _put(loaded, config.model, adapter)
         entry: Entry = {"adapter": adapter}
         for name, found in rows.items():
             measured = held_out(loaded.model, loaded.head, found, BUDGET)
@@ -92,6 +93,11 @@ def evaluate(
         return console.result_json(results)
     header = ("", *(str(entry["adapter"] or "(base)") for entry in results))
     return console.table("", header, _table(results, forget_on))
+
+
+def _put(loaded: Base, base: str, adapter: str) -> None:
+    for note in put_on(loaded.model, base, adapter):
+        console.say(f"{adapter}: {note}")
 
 
 def _task(

@@ -14,8 +14,8 @@ from lorafit.frozen import weight as weight_module
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenLinear
 from lorafit.frozen.packed import FEW, PackedWeight, quantise
-from lorafit.frozen.scratch import scratch
 from lorafit.kernels import ops
+from lorafit.kernels.scratch import scratch
 
 ROWS, COLUMNS = 24, 512
 DTYPES = [torch.float32, torch.bfloat16]

@@ -7,7 +7,11 @@ from lorafit.kernels import native
 from lorafit.kernels import product as product_module
 from lorafit.kernels.product import by_onednn, product
 
-fast = pytest.fixture(lambda monkeypatch: monkeypatch.setattr(product_module, "onednn_is_faster", lambda: True))
+
+@pytest.fixture
+def fast(monkeypatch):
+    """As on a processor where MKL is slower."""
+    monkeypatch.setattr(product_module, "onednn_is_faster", lambda: True)
 
 
 def drawn(*shape: int) -> torch.Tensor:

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from lorafit.adapter.lora import BiasLinear, LoraAdapter, LoraLinear
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenLinear
-from lorafit.frozen.scratch import scratch
 from lorafit.frozen.weight import BLOCK_WEIGHTS, FrozenWeight
 from lorafit.kernels.product import product
+from lorafit.kernels.scratch import scratch
 
 
 @dataclass(frozen=True)

@@ -128,10 +128,14 @@ def with_experts(gguf: GgufFile, architecture: str, config: dict[str, Any]) -> d
     return config if kind not in own else config | own[kind](gguf, f"{architecture}.{{}}".format, config)
 
 
+def _counts(gguf: GgufFile, key: Any, experts: str = "num_local_experts") -> dict[str, Any]:
+    """How many experts there are, and how many a token passes; experts: the field's name for the first."""
+    return {experts: count(gguf, key("expert_count")), "num_experts_per_tok": count(gguf, key("expert_used_count"))}
+
+
 def _qwen3(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
     return {
-        "num_experts": count(gguf, key("expert_count")),
-        "num_experts_per_tok": count(gguf, key("expert_used_count")),
+        **_counts(gguf, key, "num_experts"),
         "moe_intermediate_size": count(gguf, key("expert_feed_forward_length")),
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
@@ -148,34 +152,22 @@ def _qwen2(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _olmoe(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "num_experts": count(gguf, key("expert_count")),
-        "num_experts_per_tok": count(gguf, key("expert_used_count")),
-        "norm_topk_prob": False,
-    }
+    return {**_counts(gguf, key, "num_experts"), "norm_topk_prob": False}
 
 
 def _granite(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "num_local_experts": count(gguf, key("expert_count")),
-        "num_experts_per_tok": count(gguf, key("expert_used_count")),
-    }
+    return _counts(gguf, key)
 
 
 def _mixtral(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "num_local_experts": count(gguf, key("expert_count")),
-        "num_experts_per_tok": count(gguf, key("expert_used_count")),
-        "sliding_window": None,
-    }
+    return {**_counts(gguf, key), "sliding_window": None}
 
 
 def _gpt_oss(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
     """transformers' gpt-oss does not round the bounds of its rotary scaling; llama.cpp cannot say it."""
     rope = config["rope_parameters"]
     return {
-        "num_local_experts": count(gguf, key("expert_count")),
-        "num_experts_per_tok": count(gguf, key("expert_used_count")),
+        **_counts(gguf, key),
         "intermediate_size": count(gguf, key("expert_feed_forward_length")),
         "sliding_window": count(gguf, key("attention.sliding_window")),
         "rope_parameters": {**rope, "truncate": False} if rope["rope_type"] == "yarn" else rope,
@@ -239,9 +231,8 @@ def _deepseek(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any
         rope = {**rope, "mscale": scale, "mscale_all_dim": scale}
     q_rank = key("attention.q_lora_rank")
     return {
-        "n_routed_experts": count(gguf, key("expert_count")),
+        **_counts(gguf, key, "n_routed_experts"),
         "n_shared_experts": count(gguf, key("expert_shared_count")),
-        "num_experts_per_tok": count(gguf, key("expert_used_count")),
         "moe_intermediate_size": count(gguf, key("expert_feed_forward_length")),
         "first_k_dense_replace": gguf.value(key("leading_dense_block_count"), int, 0),
         "n_group": count(gguf, key("expert_group_count"), 1),

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lorafit.frozen.scratch import scratch
+from lorafit.kernels.scratch import scratch
 
 BLOCK_WEIGHTS = 1 << 26  # unpacked at once: 134 MB in bf16, more than any layer of an 8B model
 

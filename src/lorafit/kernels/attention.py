@@ -7,7 +7,6 @@ keys are shared by H / K query heads each. Memory grows with the tokens, not wit
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from lorafit.kernels import native, plain
 from lorafit.kernels.registry import TYPES, address, native_for, writes
+from lorafit.kernels.scratch import room
 
 LINE = 64  # bytes of a cache line, where each thread's memory begins
-_own = threading.local()
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ def _attend_backward(
     call.dq_apart, call.dk_apart, call.dv_apart = _apart(dq), _apart(dk), _apart(dv)
     tokens, heads, dim = q.shape
     few = call.documents * call.key_heads < 4 * call.threads
-    shared = few and heads > k.shape[1]
-    partial = _again("partial", heads * tokens * 2 * dim * 4) if shared else None  # (heads, tokens, 2, dim) fp32
+    size = heads * tokens * 2 * dim * 4  # of (heads, tokens, 2, dim) in fp32
+    partial = room("partial", size, q.device) if few and heads > k.shape[1] else None
     call.partial = address(partial)
     _take_memory(found, call, backward=True)
     assert found.lorafit_attend_backward(ctypes.byref(call)) == 0, "attention failed"
@@ -125,19 +124,10 @@ def _call(
 
 
 def _take_memory(found: ctypes.CDLL, call: native.Attention, backward: bool) -> None:
-    """Room for every thread."""
+    """For every thread."""
     call.room = found.lorafit_attention_room(ctypes.byref(call), backward)
-    memory = _again("memory", call.room * call.threads + LINE)
+    memory = room("attention", call.room * call.threads + LINE, torch.device("cpu"))
     call.memory = -(-memory.data_ptr() // LINE) * LINE
-
-
-def _again(name: str, size: int) -> Tensor:
-    """Bytes that this thread's next call finds again: fresh memory costs a page fault for every 4 KiB, each time."""
-    mine: dict[str, Tensor] = _own.__dict__
-    if name not in mine or len(mine[name]) < size:
-        mine.pop(name, None)  # the old ones go before the new ones come
-        mine[name] = torch.empty(size, dtype=torch.uint8)
-    return mine[name]
 
 
 def _apart(x: Tensor) -> int:

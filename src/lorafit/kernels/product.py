@@ -4,6 +4,9 @@ torch multiplies fp32 with MKL, which holds AVX-512 back on processors that are 
 205-215 GFLOP/s, where oneDNN, which torch brings too, has 430-480 in true fp32 (kept to AVX2, 200 and 230). So there
 oneDNN is asked; bf16 products go to it anyway. It writes into memory of its own: copying costs 5 %.
 
+Only the step that is computed by hand multiplies with this (adapter/group.py, training/loss.py, head_update.py). Layers
+that stand in for torch's own (frozen/linear.py, experts) keep torch.mm, so that their bits are the original's.
+
 Source: ours, measured.
 """
 

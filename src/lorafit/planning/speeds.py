@@ -166,13 +166,8 @@ def _usual(work: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def _numbers(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Random ones: a processor multiplies zeros with less power, and so faster."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
 def _group(rows: int, columns: int, rank: int, dtype: torch.dtype) -> Group:
-    base = FrozenLinear(DenseWeight(_numbers(rows, columns, dtype=dtype)))
+    base = FrozenLinear(DenseWeight(torch.zeros(rows, columns, dtype=dtype)))
     if rank == 0:
         return Group([base])
     adapter = LoraAdapter(columns, rows, rank, float(rank), PlacedDropout(0.0, "", None))
@@ -185,7 +180,7 @@ def _group(rows: int, columns: int, rank: int, dtype: torch.dtype) -> Group:
 @torch.no_grad()
 def _product(rows: int, columns: int, rank: int, tokens: int, dtype: torch.dtype, backward: bool) -> float:
     group = _group(rows, columns, rank, dtype)
-    x, y = _numbers(tokens, columns, dtype=dtype), torch.empty(tokens, rows, dtype=dtype)
+    x, y = torch.zeros(tokens, columns, dtype=dtype), torch.zeros(tokens, rows, dtype=dtype)
     low = group.forward(x, y)
     if not backward:
         return _usual(lambda: group.forward(x, y))
@@ -202,8 +197,8 @@ def _attention(heads: int, keys: int, dim: int, length: int, dtype: torch.dtype,
     """Seconds of max(LENGTHS) tokens; of few heads, where there are many alike."""
     share = heads // keys if heads % keys == 0 else 1
     few = max(1, min(keys, 8))
-    q = _numbers(max(LENGTHS), few * share, dim, dtype=dtype)
-    k, v = (_numbers(max(LENGTHS), few, dim, dtype=dtype) for _ in range(2))
+    q = torch.zeros(max(LENGTHS), few * share, dim, dtype=dtype)
+    k, v = (torch.zeros(max(LENGTHS), few, dim, dtype=dtype) for _ in range(2))
     out, rules = torch.empty_like(q), Rules(dim**-0.5)
     documents = list(range(0, max(LENGTHS) + 1, length))
     lse = attend(q, k, v, documents, rules, out)
@@ -217,7 +212,7 @@ def _attention(heads: int, keys: int, dim: int, length: int, dtype: torch.dtype,
 
 def _between(hidden: int, inner: int, query: int, keys: int, dtype: torch.dtype, backward: bool) -> float:
     def numbers(width: int) -> Tensor:
-        return _numbers(TOKENS, width, dtype=dtype)
+        return torch.zeros(TOKENS, width, dtype=dtype)
 
     x, y, gate, up, turned = numbers(hidden), numbers(hidden), numbers(inner), numbers(inner), numbers(query + keys)
     weight, scale = torch.ones(hidden), torch.ones(TOKENS)
@@ -256,9 +251,9 @@ def _unpack(form: str, dtype: torch.dtype) -> float:
 
 
 def _decode(form: str | None, rows: int, dtype: torch.dtype) -> float:
-    x = _numbers(rows, 4096, dtype=dtype)
+    x = torch.zeros(rows, 4096, dtype=dtype)
     if form is None:
-        dense = _numbers(512, 4096, dtype=dtype)
+        dense = torch.zeros(512, 4096, dtype=dtype)
         return _usual(lambda: product(x, dense))
     stored = _stored(form)
     return _usual(lambda: ops.matvec(stored, x))
@@ -271,7 +266,7 @@ def _quantise(form: str) -> float:
 
 @torch.no_grad()
 def _head(hidden: int, vocabulary: int, tokens: int, dtype: torch.dtype) -> float:
-    weight, x = _numbers(vocabulary, hidden, dtype=dtype), _numbers(tokens, hidden, dtype=dtype)
+    weight, x = torch.zeros(vocabulary, hidden, dtype=dtype), torch.zeros(tokens, hidden, dtype=dtype)
     logits, targets = torch.zeros(tokens, vocabulary, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
     gradient = torch.zeros(tokens, hidden)
 

@@ -17,6 +17,7 @@ from lorafit.adapter.lora import Adapted, LoraLinear
 from lorafit.adapter.variants.vocabulary import TokenHead, WholeLinear
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.weight import FrozenWeight
+from lorafit.kernels.product import product
 from lorafit.model.head import Head
 
 BLOCK = 4096  # rows of a whole matrix whose gradient is computed at a time
@@ -51,12 +52,12 @@ class LowRankUpdate(HeadUpdate):
         self.A, self.B = (adapter.A.detach() * adapter.scale).to(dtype), adapter.B.detach().to(dtype)
 
     def add(self, hidden_CH: Tensor, logits_CV: Tensor) -> None:
-        logits_CV.addmm_(hidden_CH @ self.A.T, self.B.T)
+        logits_CV.addmm_(product(hidden_CH, self.A), self.B.T)
 
     def backward(self, dz_CV: Tensor, hidden_CH: Tensor, gradient_CH: Tensor) -> None:
-        low_CR, d_low_CR = hidden_CH @ self.A.T, dz_CV @ self.B
-        self.gradients[0].add_((d_low_CR.T @ hidden_CH).float(), alpha=self.scale)
-        self.gradients[1].add_(dz_CV.T @ low_CR)
+        low_CR, d_low_CR = product(hidden_CH, self.A), product(dz_CV, self.B.T)
+        self.gradients[0].add_(product(d_low_CR.T, hidden_CH.T).float(), alpha=self.scale)
+        self.gradients[1].add_(product(low_CR.T, dz_CV.T).T)
         gradient_CH += d_low_CR @ self.A
 
 
@@ -88,7 +89,7 @@ class WholeUpdate(HeadUpdate):
     def backward(self, dz_CV: Tensor, hidden_CH: Tensor, gradient_CH: Tensor) -> None:
         for start in range(0, dz_CV.shape[1], BLOCK):
             rows = slice(start, start + BLOCK)
-            self.gradients[0][rows] += dz_CV[:, rows].T @ hidden_CH
+            self.gradients[0][rows] += product(hidden_CH.T, dz_CV[:, rows].T).T
 
 
 def update_of(head: Head, dtype: torch.dtype) -> HeadUpdate:
