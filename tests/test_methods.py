@@ -243,5 +243,9 @@ def test_new_tokens_are_refused_where_they_cannot_be(world, tmp_path):
     two = ["--adapter", result.adapter, "--adapter", result.adapter]
     measured = run("eval", world.model, world.test, *two)
     assert (measured.code, "adds tokens, and so reads the rows in its own way" in measured.err) == (2, True)
+    for words in (("merge",), ("export", "--to", "peft"), ("export", "--to", "gguf")):
+        refused = run(words[0], world.model, result.adapter, *words[1:], "--out", tmp_path / "exported")
+        assert (refused.code, "adds 1 tokens, and the vocabulary of a merged" in refused.err) == (2, True)
+        assert not (tmp_path / "exported").exists()
     with pytest.raises(AdapterError, match="adds 1 tokens that the model's tokenizer was not given"):
         lorafit.load_adapter(lorafit.load(world.model, compute="fp32"), result.adapter)

@@ -36,7 +36,7 @@ def changes(model: nn.Module) -> dict[str, Change]:
     """
     if new_tokens(model):
         what = f"adds {len(new_tokens(model))} tokens, and the base's vocabulary cannot grow"
-        raise AdapterError("adapter", what, "export it to peft, or use it with `lorafit generate`")
+        raise AdapterError("adapter", what, "use it with `lorafit generate`")
     found: dict[str, Change] = {}
     for path, layer in adapted(model).items():
         if isinstance(layer, BiasLinear) and layer.bias is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafit import console
 from lorafit.adapter.attach import detach
 from lorafit.adapter.combine import LowRank
-from lorafit.adapter.file import TEMPLATE_FILE, load_adapter
+from lorafit.adapter.file import TEMPLATE_FILE, load_adapter, tokens_of
 from lorafit.adapter.merge import Change, changes, low_rank
 from lorafit.config import Resolved, TrainConfig
 from lorafit.errors import AdapterError, ConfigError
@@ -112,6 +112,10 @@ def open_model(model: str, adapters: Sequence[str], template: str | None = None,
     for folder in folders:
         if not folder.exists():
             raise ConfigError(str(folder), "does not exist", "give an adapter's folder")
+        grown = tokens_of(folder)
+        if grown:
+            what = f"adds {len(grown)} tokens, and the vocabulary of a merged or exported base cannot grow"
+            raise AdapterError(str(folder), what, "use it with lorafit generate, or in PEFT as its README.md says")
     source = open_source(path)
     settled = settle_for_machine(Resolved(TrainConfig(threads=threads)), source.quantised).config
     torch.set_num_threads(int(settled.threads or 1))
