@@ -103,11 +103,13 @@ def settle_allocator(keeps: bool) -> bool:
 
 
 def bound_primitives() -> None:
-    """Let oneDNN keep the code of its 64 newest products instead of 1,024; before the first of them.
+    """Let oneDNN, and torch's own cache above it, keep the code of their 64 newest products instead of 1,024; before
+    the first of them.
 
     Packs differ in length, so each brings some 30 products that are not met again, and 50 MB a step stayed behind.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")
 
 
 def advise(address: int, size: int, wanted: bool) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafit import console
+from lorafit import console, machine
 from lorafit.adapter.file import TEMPLATE_FILE, load_adapter, tokens_of
 from lorafit.config import Resolved, TrainConfig, from_values
 from lorafit.data.chat import encode_prompt
@@ -33,6 +33,7 @@ def open_base(config: TrainConfig) -> Base:
     source = open_source(Path(config.model))
     config = settle_for_machine(Resolved(config), source.quantised).config
     torch.set_num_threads(int(config.threads or 1))
+    machine.bound_primitives()
     return load_base(source, source.tokenizer(read_template(config.template)), config.base, config.compute)
 
 
