@@ -162,6 +162,6 @@ print(machine.memory_bytes("RssAnon") - before)
 
 
 def test_code_for_lengths_that_are_not_met_again_is_not_kept():
-    """520 more lengths leave less than 40 MB; with the libraries' own limits of 1,024 they leave 370 where bf16 is multiplied in hardware."""
+    """520 more lengths leave less than 40 MB; unbounded ones leave 370 where bf16 is multiplied in hardware."""
     done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 40_000_000
