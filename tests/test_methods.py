@@ -92,6 +92,10 @@ def test_stopped_and_resumed_equals_never_stopped(kind, world, models, tmp_path,
     for name in ("adapter_model.safetensors", "adapter_config.json", "lorafit.json"):
         assert (tmp_path / "whole/adapter" / name).read_bytes() == (tmp_path / "parts/adapter" / name).read_bytes()
     assert result.report["adapter_loss"] < result.report["base_loss"]
+    planned = lorafit.plan(**settings)
+    assert planned.trainable_parameters == result.report["trainable_parameters"]
+    inexact = 100 if kind == "experts" else 0  # their names in the file are others
+    assert planned.adapter_bytes == pytest.approx(result.report["adapter_bytes"], abs=inexact)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     seen = min(line["eval_loss"] for line in lines if "eval_loss" in line)  # in the midst of training
     assert result.report["adapter_loss"] == pytest.approx(seen, rel=1e-6)

@@ -24,6 +24,7 @@ from lorafit.planning import devices, predict
 from lorafit.planning.memory import parameters
 from lorafit.planning.outline import Outline, of_shapes, of_source
 from lorafit.planning.predict import Elsewhere, Held, Prediction
+from lorafit.planning.saved import adapter_bytes
 from lorafit.settings import settle_for_data, settle_for_machine
 from lorafit.training.loop import Plan
 
@@ -256,25 +257,11 @@ def _forecast(
         trained_tokens=round(sum(pack.trained for pack in packs) * scale),
         trainable_parameters=trainable,
         total_parameters=model.parameters + (0 if found.use.full else trainable),
-        adapter_bytes=0 if found.use.full else 4 * trainable + _header_bytes(model, found),
+        adapter_bytes=adapter_bytes(model, found.use),
         settings=settings,
         notes=notes,
         why=why,
     )
-
-
-def _header_bytes(model: Outline, found: Prediction) -> int:
-    """Of the adapter's file, before its numbers: each tensor's name, dtype, shape and place as JSON."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at, rank = 0, found.use.rank
-    for matrix in model.adapted(found.use.targets):
-        for part, shape in (("A", (rank, matrix.columns)), ("B", (matrix.rows, rank))):
-            size = 4 * shape[0] * shape[1] * matrix.experts
-            entry = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
-            header[f"base_model.model.{matrix.path}.lora_{part}.weight"] = entry
-            at += size
-    size = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-size // 8) * 8
 
 
 def _print(found: Forecast, resolved: Resolved) -> None:

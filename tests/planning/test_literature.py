@@ -9,7 +9,7 @@ import pytest
 from builders.outlines import llama
 from lorafit.planning.devices import DEVICES, flops
 from lorafit.planning.duration import Pack, Work
-from lorafit.planning.fit import Situation
+from lorafit.planning.fit import Largest, Situation
 from lorafit.planning.memory import Use, parameters
 from lorafit.planning.outline import Matrix, Outline
 
@@ -28,7 +28,7 @@ def on_device(model: Outline, base: str, rank: int, tokens: int, longest: int, *
     """GB on a device, every layer computed twice."""
     targets = changes.pop("targets", ("all-linear",))
     use = Use(base, "bf16", rank, targets, tokens, tokens, tokens, longest, 512, len(model.layers), **changes)
-    here = Situation(model, 0, 0, 0, [longest], lambda limit: (tokens, tokens), on_device=True)
+    here = Situation(model, 0, 0, 0, [longest], lambda limit: Largest(tokens, tokens), on_device=True)
     return here.memory(use).total / GB
 
 
@@ -73,7 +73,7 @@ def test_peft_board_and_fsdp_qlora_are_misses():
     where it holds less, and a half of its weights where they are shared by two."""
     board = llama(28, 3072, 8192, heads=24, key_heads=8, vocabulary=128256, tied=True)
     use = Use("bf16", "bf16", 32, ("q_proj", "v_proj"), 3072, 3072, 3072, 768, 512)
-    here = Situation(board, 0, 0, 0, [768], lambda limit: (3072, 3072), on_device=True)
+    here = Situation(board, 0, 0, 0, [768], lambda limit: Largest(3072, 3072), on_device=True)
     ours = here.memory(use).total / GB
     print(f"PEFT's board, Llama-3.2-3B rank 32 q,v, 4 rows of up to 768 tokens: {ours:.1f} GB, published 22.3")
     assert ours < 22.3

@@ -12,11 +12,11 @@ The first steps refine it: what is left is scaled by what they took and what was
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from lorafit.planning.memory import DTYPE_BYTES, Use, parameters, stored
+from lorafit.planning.memory import DTYPE_BYTES, Use, parameters, ranks_of, stored
 from lorafit.planning.outline import DOWN, OUT, Layer, Outline
 from lorafit.planning.speeds import Speeds
 
@@ -141,18 +141,18 @@ class Clock:
         kinds: dict[object, int] = {}
         found = {}
         for layer in self.model.layers:
-            kind = tuple((m.rows, m.columns, m.active, m.format, m.path in self._adapted) for m in layer.matrices)
+            kind = tuple((m.rows, m.columns, m.active, m.format, self._ranks.get(m.path)) for m in layer.matrices)
             found[layer.matrices[0].path] = kinds.setdefault((kind, layer.window), len(kinds))
         return found
 
     @cached_property
-    def _adapted(self) -> set[str]:
-        return {matrix.path for matrix in self.model.adapted(self.use.targets)}
+    def _ranks(self) -> dict[str, int]:
+        return ranks_of(self.model, self.use.targets, self.use.rank, self.use.pattern)
 
     def _measured(self, layer: Layer, length: float) -> tuple[float, float, float]:
-        adapted = self._adapted
         there = back = fixed = 0.0
-        for rows, columns, ranks, active in _products(layer, adapted, self.use.rank):
+        times = 2 if self.use.pissa else 1
+        for rows, columns, ranks, active in _products(layer, self._ranks, times):
             there += active * self.speeds.product(rows, columns, ranks, backward=False)
             back += active * self.speeds.product(rows, columns, ranks, backward=True)
             if self.use.full:  # the gradient of W, as large a product as the way there
@@ -161,7 +161,7 @@ class Clock:
         widths = self.model.hidden, layer.inner, layer.query, layer.keys
         there += self.speeds.attention(*shape, length, False) + self.speeds.between(*widths, False)
         back += self.speeds.attention(*shape, length, True) + self.speeds.between(*widths, True)
-        fixed += self.speeds.overhead(self.use.rank if adapted else 0)
+        fixed += self.speeds.overhead(times * self.use.rank if self._ranks else 0)
         for matrix in layer.matrices:
             form = self._form(matrix.format, matrix.columns)
             fixed += 2 * matrix.weights * self.speeds.unpack(form) if form else 0.0
@@ -194,15 +194,15 @@ class Clock:
         return chunks * (2 if trains else 1) * head.weights * self.speeds.unpack(head.format)
 
 
-def _products(layer: Layer, adapted: set[str], rank: int) -> list[tuple[int, int, int, int]]:
+def _products(layer: Layer, ranks: Mapping[str, int], times: int) -> list[tuple[int, int, int, int]]:
     """(rows, columns, ranks together, experts a token passes) of a layer's products; those over one input are one."""
     groups: dict[tuple[str, int, int], list[int]] = {}
     for m in layer.matrices:
         alone = m.name if m.name in (*DOWN, *OUT) else m.path.rpartition(".")[0]
         rows_ranks = groups.setdefault((alone, m.columns, m.active), [0, 0])
         rows_ranks[0] += m.rows
-        rows_ranks[1] += rank if m.path in adapted else 0
-    return [(rows, columns, ranks, active) for (_, columns, active), (rows, ranks) in groups.items()]
+        rows_ranks[1] += times * ranks.get(m.path, 0)
+    return [(rows, columns, together, active) for (_, columns, active), (rows, together) in groups.items()]
 
 
 class Remaining:

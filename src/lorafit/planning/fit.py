@@ -24,6 +24,15 @@ SHORTEST = 64  # tokens that --shorten cuts rows to at most
 
 
 @dataclass(frozen=True)
+class Largest:
+    """Tokens of the largest pack in training, trained ones of the largest of all, tokens of the largest evaluated."""
+
+    tokens: int
+    trained: int
+    evaluated: int = 0
+
+
+@dataclass(frozen=True)
 class Situation:
     """What a choice is made from: the model, what memory holds already, the budget in bytes, the rows' lengths."""
 
@@ -32,8 +41,8 @@ class Situation:
     data: int
     budget: int
     lengths: Sequence[int]
-    packs: Callable[[int], tuple[int, int]]
-    """Tokens and trained ones of the largest pack, where packs may have so many tokens."""
+    packs: Callable[[int], Largest]
+    """The largest packs, where packs may have so many tokens."""
     on_device: bool = False
     """Whether the budget is a device's, which holds neither libraries nor rows nor mapped files."""
 
@@ -46,10 +55,12 @@ class Situation:
 
     def sized(self, use: Use, limit: int) -> Use:
         """The same with packs of at most `limit` tokens, or the longest row's where that has more."""
-        tokens, trained = self.packs(limit)
+        found = self.packs(limit)
+        tokens, evaluated = found.tokens, found.evaluated
         if use.longest < max(self.lengths, default=1):  # rows are to be cut
-            tokens = min(tokens, max(limit, use.longest))
-        return replace(use, limit=limit, tokens=tokens, trained=min(trained, tokens))
+            tokens, evaluated = (min(count, max(limit, use.longest)) for count in (tokens, evaluated))
+        trained = min(found.trained, max(tokens, evaluated))
+        return replace(use, limit=limit, tokens=tokens, trained=trained, evaluated=evaluated)
 
     def fits(self, use: Use) -> bool:
         return self.memory(use).total * SAFETY <= self.budget

@@ -8,7 +8,7 @@ L layers, s bytes of the compute dtype. Each formula follows what the named file
 published total. What is measured is said: the libraries' own memory.
 
     weights       as stored, see `weights`; pages of a mapped file count as far as they are read
-    adapters      4 P, and s P cast for the products of one pack           adapter/lora.py, adapter/group.py
+    adapters      4 P (A0 and B0 of PiSSA too), and s P cast for a pack    adapter/lora.py, adapter/group.py
     gradients     4 P     optimizer  8 P (AdamW's two moments)             training/optim.py
     activations   T (kept layers x kept + checkpointed layers x H s + what goes round)      model/layer.py, buffers.py
     attention     of each thread a document's keys and values, and a tile  native/attention.h
@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
+from lorafit.adapter.attach import by_pattern
 from lorafit.frozen.weight import BLOCK_WEIGHTS
 from lorafit.planning.outline import DOWN, FLOAT_BYTES, NF4_BITS, OUT, Layer, Matrix, Outline
 from lorafit.training.loss import BLOCK_WEIGHTS as HEAD_WEIGHTS
@@ -36,6 +37,7 @@ FEW = 4  # documents times key heads, per thread, below which gradients of keys 
 OPTIMIZER = 8  # bytes of a parameter: AdamW's two moments
 UNFUSED = 2  # how much more of a token transformers' own layers keep than ours (measured on Llama: 1.9)
 DORA = 3  # the same with DoRA in them, which keeps each product's output once more
+SEEN_BY_ALL = dict.fromkeys(("limit", "tokens", "trained", "longest", "chunk", "checkpointed", "evaluated"), 1)
 AHEAD = 3  # layers of a paged base that are in memory: the one before, this one, the next
 
 
@@ -50,7 +52,7 @@ class Use:
     limit: int
     """Tokens that a pack may have: --micro-batch-tokens."""
     tokens: int
-    """T: of the largest pack, in training or evaluation."""
+    """T: of the largest pack in training."""
     trained: int
     """N: of them, those whose loss is computed."""
     longest: int
@@ -67,6 +69,17 @@ class Use:
     """--method full: every weight is trained, and rank is 0."""
     dora: bool = False
     """Whether adapted layers are transformers' own and keep each product's output once more."""
+    pissa: bool = False
+    """Whether adapters have the start that they are measured from beside them, and twice the rank in products."""
+    pattern: tuple[tuple[str, int], ...] = ()
+    """--rank-pattern."""
+    bias: str = "none"
+    whole: tuple[str, ...] = ()
+    """--modules-to-save: embedding and head trained whole."""
+    rows: int = 0
+    """Tokens whose rows of embedding and head are trained."""
+    evaluated: int = 0
+    """Tokens of the largest pack in evaluation, where no layer keeps anything."""
 
     @property
     def size(self) -> int:
@@ -99,7 +112,7 @@ def predict(model: Outline, use: Use, *, libraries: int, data: int, warm: int = 
     )
     moment = casts(model, use)
     if use.full:  # weights are saved as they lie; embedding and head have one more gradient for a moment
-        moment = 4 * max(model.embedding.weights, model.output.weights)
+        moment = 4 * max(m.weights for m in model.ends)
     later = Memory({**held, "libraries": libraries + warm, **parts, "moment": moment})
     return max(later, first, key=lambda one: one.total)
 
@@ -111,7 +124,7 @@ def training(model: Outline, use: Use) -> dict[str, int]:
     return {
         "weights_mapped": paged(model, mapped) if use.paged else mapped,
         "weights_private": private,
-        "adapters": 0 if use.full else use.adapter_bytes * trainable,
+        "adapters": 0 if use.full else use.adapter_bytes * (trainable + started(model, use)),
         "gradients": use.adapter_bytes * trainable,
         "optimizer": OPTIMIZER * trainable,
         "activations": activations(model, use),
@@ -122,23 +135,52 @@ def training(model: Outline, use: Use) -> dict[str, int]:
 
 
 def parameters(model: Outline, use: Use) -> int:
-    """P = sum of r (I + O) over the adapted matrices; of experts, over each of them. All weights with --method full."""
-    return model.parameters if use.full else use.rank * _sides(model, use.targets)
+    """P: of adapters and of what is trained beside them; all weights with --method full."""
+    if use.full:
+        return model.parameters
+    return lora(model, use.targets, use.rank, use.pattern) + _beside(model, use)
 
 
 @cache
-def _sides(model: Outline, targets: tuple[str, ...]) -> int:
-    return sum(m.experts * (m.rows + m.columns) for m in model.adapted(targets))
+def lora(model: Outline, targets: tuple[str, ...], rank: int, pattern: tuple[tuple[str, int], ...] = ()) -> int:
+    """The sum of r (I + O) over the adapted matrices; of experts, over each of them."""
+    ranks = ranks_of(model, targets, rank, pattern)
+    return sum(ranks[m.path] * m.experts * (m.rows + m.columns) for m in model.adapted(targets))
+
+
+@cache
+def ranks_of(
+    model: Outline, targets: tuple[str, ...], rank: int, pattern: tuple[tuple[str, int], ...] = ()
+) -> dict[str, int]:
+    """The rank of each adapted matrix by path, as `attach` gives them. Raises ConfigError as it does."""
+    paths = [m.path for m in model.adapted(targets)]
+    return {path: int(r) for path, r in by_pattern("--rank-pattern", paths, dict(pattern), rank).items()}
+
+
+def whole(model: Outline, use: Use) -> list[Matrix]:
+    """The matrices that are trained whole; of a tied pair the one that there is."""
+    wanted = {"embed_tokens" if model.head is None and name == "lm_head" else name for name in use.whole}
+    return [m for m in model.ends if any(f".{m.path}".endswith(f".{name}") for name in wanted)]
+
+
+def _beside(model: Outline, use: Use) -> int:
+    """What is trained beside A and B: whole matrices, tokens' rows (of a tied pair once), biases, DoRA's magnitudes."""
+    adapted = model.adapted(use.targets)
+    biased = {"all": model.biases.values(), "lora_only": [model.biases.get(m.path, 0) for m in adapted]}
+    magnitudes = sum(m.rows for m in adapted) if use.dora else 0
+    rows = use.rows * model.hidden * len(model.ends)
+    return sum(m.weights for m in whole(model, use)) + rows + sum(biased.get(use.bias, [])) + magnitudes
+
+
+def started(model: Outline, use: Use) -> int:
+    """Numbers that are kept of the start: PiSSA's A0 and B0."""
+    return lora(model, use.targets, use.rank, use.pattern) if use.pissa else 0
 
 
 def casts(model: Outline, use: Use) -> int:
-    """s P where products run in another dtype than adapters are kept in."""
-    return use.size * parameters(model, use) if use.adapter_bytes != use.size else 0
-
-
-@cache
-def _adapted(model: Outline, targets: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(m.path for m in model.adapted(targets))
+    """s P where products run in another dtype than adapters are kept in; of PiSSA's the differences too."""
+    count = parameters(model, use) + started(model, use)
+    return use.size * count if use.adapter_bytes != use.size else 0
 
 
 @cache
@@ -208,17 +250,19 @@ def activations(model: Outline, use: Use) -> int:
     The layers computed twice are the first ones. When one of them is computed again the others' activations are free,
     and it writes into their buffers.
     """
-    each, around = _of_layers(model, use.compute, use.rank, use.targets, use.dora)
+    each, around = _of_layers(
+        model, replace(use, limit=1, tokens=1, trained=1, longest=1, chunk=1, checkpointed=0, evaluated=0)
+    )
     first, rest = each[: use.checkpointed], each[use.checkpointed :]
     kept = max(sum(rest), *first) if first else sum(rest)
     ends = 3 * model.hidden * use.size  # the embedding's rows, the last norm's output, its gradient
-    return use.tokens * (kept + len(first) * model.hidden * use.size + around + ends)
+    trains = use.tokens * (kept + len(first) * model.hidden * use.size + around + ends)
+    return max(trains, use.evaluated * (max(each, default=0) + around + ends))
 
 
 @cache
-def _of_layers(model: Outline, compute: str, rank: int, targets: tuple[str, ...], dora: bool) -> tuple[list[int], int]:
-    """(what each layer keeps of a token, the most that goes round)."""
-    use = Use("", compute, rank, targets, 1, 1, 1, 1, 1, dora=dora)
+def _of_layers(model: Outline, use: Use) -> tuple[list[int], int]:
+    """(what each layer keeps of a token, the most that goes round); use: without what a token does not see."""
     each = [layer_bytes(model, layer, use) for layer in model.layers]
     return each, max((round_bytes(layer, model.hidden, use.size) for layer in model.layers), default=0)
 
@@ -231,8 +275,8 @@ def layer_bytes(model: Outline, layer: Layer, use: Use) -> int:
     """
     out = sum(m.columns for m in layer.matrices if m.name in OUT) or layer.query
     halves = 4 if layer.normed else 2
-    adapted = _adapted(model, use.targets)
-    low = sum(use.rank * m.active for m in layer.matrices if m.path in adapted)
+    ranks = ranks_of(model, use.targets, use.rank, use.pattern)
+    low = sum(ranks.get(m.path, 0) * m.active for m in layer.matrices) * (2 if use.pissa else 1)
     width = halves * model.hidden + layer.outputs + out
     times = DORA if use.dora else 1 if model.fused else UNFUSED
     return (width * times + low) * use.size + 4 * (halves + layer.heads)

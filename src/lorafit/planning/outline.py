@@ -99,6 +99,8 @@ class Outline:
     """Numbers in norms, biases and what else is no matrix."""
     others: tuple[Matrix, ...]
     """Matrices outside of layers that are neither embedding nor head, and routers."""
+    biases: Mapping[str, int]
+    """Numbers of each linear layer's bias, by the layer's path."""
     mapped: bool
     """Whether matrices can be used as they lie in the file."""
     pageable: bool
@@ -118,6 +120,11 @@ class Outline:
         return self.kind in FUSED_TYPES
 
     @property
+    def ends(self) -> tuple[Matrix, ...]:
+        """The embedding and the head; a tied one once."""
+        return (self.embedding,) if self.head is None else (self.embedding, self.head)
+
+    @property
     def output(self) -> Matrix:
         """The matrix that gives logits."""
         return self.head or self.embedding
@@ -125,8 +132,7 @@ class Outline:
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
         """Every matrix, a tied one once."""
-        heads = () if self.head is None else (self.head,)
-        return (self.embedding, *heads, *self.others, *(m for layer in self.layers for m in layer.matrices))
+        return (*self.ends, *self.others, *(m for layer in self.layers for m in layer.matrices))
 
     @property
     def parameters(self) -> int:
@@ -198,6 +204,7 @@ def of_shapes(
         head=head,
         vectors=vectors,
         others=tuple(others),
+        biases={m.path: shapes[f"{m.path}.bias"][0] for m in found if f"{m.path}.bias" in shapes and m.experts == 1},
         mapped=mapped,
         pageable=pageable,
         quantised=quantised,

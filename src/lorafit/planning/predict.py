@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from lorafit import machine
-from lorafit.config import Resolved, TrainConfig, bytes_of
+from lorafit.config import Resolved, TrainConfig, bytes_of, pattern
 from lorafit.data.batch import Tokens, cut
 from lorafit.errors import MemoryLimitError
 from lorafit.planning import devices, fit
@@ -121,10 +121,12 @@ def settle(
         budget = min(bytes_of(config.memory), budget) if elsewhere else bytes_of(config.memory)
 
     @cache
-    def packs(limit: int) -> tuple[int, int]:
+    def packs(limit: int) -> fit.Largest:
         work = _work(replace(config, micro_batch_tokens=limit), plan, rows)
-        found = [pack for step in (*work.steps, work.evaluation) for pack in step]
-        return max(pack.tokens for pack in found), max(1, *(pack.trained for pack in found))
+        training = [pack for step in work.steps for pack in step]
+        trained = max(1, *(pack.trained for pack in (*training, *work.evaluation)))
+        evaluated = max((pack.tokens for pack in work.evaluation), default=0)
+        return fit.Largest(max(pack.tokens for pack in training), trained, evaluated)
 
     here = fit.Situation(model, held.libraries, held.data, budget, lengths, packs, on_device=elsewhere is not None)
     use, free = _use(config, rows), _free(resolved, model)
@@ -181,6 +183,11 @@ def _use(config: TrainConfig, rows: Rows) -> Use:
         paged=config.paging == "on",
         full=config.method == "full",
         dora=config.use_dora,
+        pissa=config.init == "pissa",
+        pattern=tuple((name, int(value)) for name, value in pattern(config.rank_pattern).items()),
+        bias=config.bias,
+        whole=config.modules_to_save,
+        rows=len(config.train_tokens) + len(config.new_tokens),
     )
 
 
