@@ -30,8 +30,9 @@ from lorafit.training.loss import BLOCK_WEIGHTS as HEAD_WEIGHTS
 from lorafit.training.loss import CHUNK_BYTES
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
-WARM = 140_000_000
-"""What torch, MKL and oneDNN take once they compute: code made for the 64 newest shapes, tables, stacks (measured)."""
+WARM = {"bf16": 90_000_000, "fp32": 220_000_000}
+"""What torch, MKL and oneDNN take once they compute in this dtype: code made for the 64 newest shapes, tables, stacks
+(measured)."""
 TILE = 64  # queries and keys of a tile in native/attention.h
 FEW = 4  # documents times key heads, per thread, below which gradients of keys are summed up behind (kernels/attention)
 OPTIMIZER = 8  # bytes of a parameter: AdamW's two moments
@@ -103,7 +104,7 @@ class Memory:
         return self.total - self.parts.get("weights_mapped", 0)
 
 
-def predict(model: Outline, use: Use, *, libraries: int, data: int, warm: int = WARM) -> Memory:
+def predict(model: Outline, use: Use, *, libraries: int, data: int) -> Memory:
     """Memory by part. libraries, data: bytes that interpreter, libraries and rows have now, before the model."""
     parts = training(model, use)
     held = {"libraries": libraries, "data": data}
@@ -113,7 +114,7 @@ def predict(model: Outline, use: Use, *, libraries: int, data: int, warm: int = 
     moment = casts(model, use)
     if use.full:  # weights are saved as they lie; embedding and head have one more gradient for a moment
         moment = 4 * max(m.weights for m in model.ends)
-    later = Memory({**held, "libraries": libraries + warm, **parts, "moment": moment})
+    later = Memory({**held, "libraries": libraries + WARM[use.compute], **parts, "moment": moment})
     return max(later, first, key=lambda one: one.total)
 
 
