@@ -23,21 +23,28 @@ from benchmarks import bigfile
 from benchmarks.common import arguments, heading, memory, publish, say, table
 from lorafit.config import bytes_of
 
-GROUP = Path("/sys/fs/cgroup") / f"lorafit-limit-{os.getpid()}"
+NAME = f"lorafit-limit-{os.getpid()}"
+LIMITS = {"cgroup2": "memory.max", "cgroup": "memory.limit_in_bytes"}
 GB = 1e9
 
 
 def group(limit: int) -> Path | None:
-    """A control group with this limit, where one can be made."""
-    try:
-        GROUP.mkdir()
-        (GROUP / "memory.max").write_text(str(limit))
-        (GROUP / "memory.swap.max").write_text("0")
-    except OSError:
-        with suppress(OSError):
-            GROUP.rmdir()
-        return None
-    return GROUP
+    """A control group with this limit, of version 2 or 1, where one can be made."""
+    for mount in Path("/proc/self/mounts").read_text().splitlines():
+        _, where, kind, options, *_ = mount.split()
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+            made = Path(where) / NAME
+            try:
+                made.mkdir()
+                (made / LIMITS[kind]).write_text(str(limit))
+            except OSError:
+                with suppress(OSError):
+                    made.rmdir()
+            else:
+                with suppress(OSError):
+                    (made / "memory.swap.max").write_text("0")
+                return made
+    return None
 
 
 def main() -> None:
