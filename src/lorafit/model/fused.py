@@ -126,6 +126,9 @@ class FusedLayer(nn.Module):
         if self.gradient_checkpointing:
             original._gradient_checkpointing_func = self._gradient_checkpointing_func
         result: Tensor = original(*arguments, **named)
+        turn = self.turn
+        if turn is not None and result.requires_grad:
+            result.register_hook(lambda _: turn(-1))
         return result
 
     def _fits(self, cos: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,8 @@ def build(source: WeightSource, base: str, compute: torch.dtype, paged: bool = F
                 exact = name.endswith("e_score_correction_bias")
                 module._buffers[name.rpartition(".")[2]] = source.load(name).to(torch.float32 if exact else compute)
         if paged:
-            paging.drop(model.get_submodule(path), source.mapping)  # it was read to be checked
+            with suppress(AttributeError):  # what was inside of experts is gone
+                paging.drop(model.get_submodule(path), source.mapping)  # it was read to be checked
     for path, module in list(model.named_modules()):
         if type(module).__name__ == "Llama4TextMoe":
             _replace(model, path, RoutedBlock(module))

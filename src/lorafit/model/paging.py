@@ -9,18 +9,19 @@ Source: ours; madvise(2), MADV_WILLNEED and MADV_DONTNEED.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 
+import torch
 from torch import Tensor, nn
 
 from lorafit import machine
 from lorafit.model.fused import FusedLayer
 
 
-def page(model: nn.Module, mapping: tuple[int, int] | None) -> int:
-    """Have every layer of ours drop the one behind it and call the one before it; the number of layers that do.
+def page(model: nn.Module, mapping: tuple[int, int] | None) -> None:
+    """Have every layer call the one after it and drop the one before it, on the way there and on the way back.
 
     mapping: the first and last address of the mapped file.
     """
@@ -36,7 +37,23 @@ def page(model: nn.Module, mapping: tuple[int, int] | None) -> int:
     for index, layer in enumerate(layers):
         if isinstance(layer, FusedLayer):
             layer.turn = partial(turn, index)
-    return sum(isinstance(layer, FusedLayer) for layer in layers)
+        else:
+            layer.register_forward_pre_hook(partial(_there, partial(turn, index)))
+            layer.register_forward_hook(partial(_back, partial(turn, index)))
+
+
+def _there(turn: Callable[[int], None], *_: object) -> None:
+    """A layer of transformers begins: for the first time, or once more in the backward pass."""
+    turn(-1 if torch._C._current_graph_task_id() >= 0 else 1)
+
+
+def _back(
+    turn: Callable[[int], None], layer: nn.Module, arguments: object, output: Tensor | tuple[Tensor, ...]
+) -> None:
+    """Its backward pass begins with the gradient of its output."""
+    first = output if isinstance(output, Tensor) else output[0]
+    if first.requires_grad:
+        first.register_hook(lambda _: turn(-1))
 
 
 def drop(held: nn.Module | Tensor, mapping: tuple[int, int] | None) -> None:

@@ -167,7 +167,7 @@ def _candidates(here: Situation, use: Use, free: Free) -> Iterator[Use]:
 
 
 def _can_page(model: Outline, use: Use, free: Free) -> bool:
-    return free.paging and model.pageable and model.fused and not use.dora and use.base == "packed"
+    return free.paging and model.pageable and use.base == "packed"
 
 
 def _bases(model: Outline, use: Use, free: Free) -> list[str]:

@@ -37,7 +37,7 @@ TILE = 64  # queries and keys of a tile in native/attention.h
 FEW = 4  # documents times key heads, per thread, below which gradients of keys are summed up behind (kernels/attention)
 OPTIMIZER = 8  # bytes of a parameter: AdamW's two moments
 UNFUSED = 2  # how much more of a token transformers' own layers keep than ours (measured on Llama: 1.9)
-DORA = 3  # the same with DoRA in them, which keeps each product's output once more
+DORA = 3.8  # the same with DoRA in them, which keeps outputs of products with and without it (measured: 3.8)
 SEEN_BY_ALL = dict.fromkeys(("limit", "tokens", "trained", "longest", "chunk", "checkpointed", "evaluated"), 1)
 AHEAD = 3  # layers of a paged base that are in memory: the one before, this one, the next
 
@@ -280,7 +280,7 @@ def layer_bytes(model: Outline, layer: Layer, use: Use) -> int:
     low = sum(ranks.get(m.path, 0) * m.active for m in layer.matrices) * (2 if use.pissa else 1)
     width = halves * model.hidden + layer.outputs + out
     times = DORA if use.dora else 1 if model.fused else UNFUSED
-    return (width * times + low) * use.size + 4 * (halves + layer.heads)
+    return round(width * times + low) * use.size + 4 * (halves + layer.heads)
 
 
 def round_bytes(layer: Layer, hidden: int, size: int) -> int:
