@@ -146,6 +146,20 @@ def test_a_control_group_limits_the_memory(system, limit, free):
     assert machine.available_memory() == free
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_pages_of_files_are_no_memory_that_is_taken(system, version):
+    """A group's cache of files, active or not, can be had: a paged base leaves its pages there."""
+    folder, total, names = {
+        1: ("memory/", "total_", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+        2: ("", "", ("memory.max", "memory.current")),
+    }[version]
+    stat = f"{total}inactive_file 500000\n{total}active_file 2000000\n{total}inactive_anon 400000\n"
+    files = dict(zip((*names, "memory.stat"), ("4000000", "3900000", stat), strict=True))
+    free = {"proc/meminfo": "MemAvailable:    90000 kB\n"}
+    system({**free, **{f"sys/fs/cgroup/{folder}{name}": text for name, text in files.items()}})
+    assert machine.available_memory() == 2_600_000
+
+
 PRODUCTS = """
 import torch
 from lorafit import machine

@@ -72,14 +72,15 @@ def _left_of_groups() -> list[int]:
         paths |= {place, *place.parents}
     found = []
     for path in paths:
-        for folder, limit, used, file in (
-            (SYS / "fs/cgroup" / path, "memory.max", "memory.current", "inactive_file"),
-            (SYS / "fs/cgroup/memory" / path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        for folder, limit, used, total in (
+            (SYS / "fs/cgroup" / path, "memory.max", "memory.current", ""),
+            (SYS / "fs/cgroup/memory" / path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
             most, taken = _read(folder / limit).strip(), _read(folder / used).strip()
             if most.isdigit():
+                files = {f"{total}inactive_file", f"{total}active_file"}  # pages of a paged base are active
                 words = (line.split() for line in _read(folder / "memory.stat").splitlines())
-                reclaimable = next((int(word[1]) for word in words if word[:1] == [file]), 0)
+                reclaimable = sum(int(word[1]) for word in words if word[:1] and word[0] in files)
                 found.append(int(most) - (int(taken) - reclaimable if taken.isdigit() else memory_bytes()))
     return found
 
