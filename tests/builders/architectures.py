@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from builders.models import COMMON, LINEAR, MROPE, OWN, YARN, save_folder
+from builders.models import COMMON, FAMILIES, LINEAR, MROPE, OWN, YARN, save_folder
 from builders.tokenizers_tiny import write_tiny_folder
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -27,10 +27,9 @@ EXPERTS = {
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
-    **{name: OWN[name] for name in OWN if name in ("mistral", "qwen2", "qwen3", "gemma3_text", "granite", "smollm3")},
+    **{name: OWN[name] for name in (*FAMILIES, "ministral3")},
     "llama": {"rope_parameters": LLAMA3_ROPE},
     "ministral": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
-    "ministral3": {"head_dim": 8, "rope_parameters": YARN},
     "phi3": {"sliding_window": 6},
     "olmo2": {},
     "olmo3": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},

@@ -74,6 +74,7 @@ OWN = {
     },
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "smollm3": {"no_rope_layers": [1, 0], "pad_token_id": 0},
+    "ministral3": {"head_dim": 8, "rope_parameters": YARN},
     "qwen3_moe": {
         "head_dim": 16,
         "num_experts": 6,

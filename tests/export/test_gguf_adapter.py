@@ -27,7 +27,7 @@ def by_name(path) -> dict[str, np.ndarray]:
     return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "ministral3"])
 def test_base_plus_adapter_is_the_merged_file(family, tmp_path):
     """base + alpha / r * lora_b lora_a, tensor by tensor, equals the file that the builder writes of the merged model,
     its own permutation of q and k included; from a folder and from a GGUF base come the same tensors."""

@@ -59,6 +59,8 @@ def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> M
     keys |= _scaling(full) | _experts(config)
     if architecture == "gemma3":
         keys |= _gemma3(config, rope)
+    if architecture == "mistral3":
+        keys |= _mistral3(full)
     if architecture == "granite":
         keys |= {key: (config[field], "float32") for field, key in GRANITE.items() if field in config}
     general: Metadata = {"general.type": ("model", "string"), "general.name": (name, "string")}
@@ -76,6 +78,16 @@ def _scaling(rope: Mapping[str, Any]) -> Metadata:
     if kind == "yarn" and "original_max_position_embeddings" in rope:
         keys["rope.scaling.original_context_length"] = (rope["original_max_position_embeddings"], "uint32")
     return keys
+
+
+def _mistral3(rope: Mapping[str, Any]) -> Metadata:
+    """What Ministral 3's converter says of its rotary scaling, and how queries grow with their position."""
+    return {
+        "rope.scaling.yarn_beta_fast": (rope.get("beta_fast") or 32.0, "float32"),
+        "rope.scaling.yarn_beta_slow": (rope.get("beta_slow") or 1.0, "float32"),
+        "rope.scaling.yarn_log_multiplier": (rope.get("mscale_all_dim") or 0.0, "float32"),
+        "attention.temperature_scale": (rope.get("llama_4_scaling_beta") or 0.0, "float32"),
+    }
 
 
 def _experts(config: Mapping[str, Any]) -> Metadata:
