@@ -28,6 +28,7 @@ KINDS = {
     "dora": {"use_dora": True},
     "pissa": {"init": "pissa", "dropout": 0.1},
     "loftq": {"init": "loftq", "base": "nf4", "rank": 8},
+    "eva": {"init": "eva", "dropout": 0.1},
     "biases": {"bias": "all", "targets": ["q_proj"]},
     "vocabulary": {"targets": ["q_proj", "embed_tokens", "lm_head"], "lr": 0.001},
     "whole": {"modules_to_save": ["embed_tokens"], "targets": ["mlp"]},

@@ -71,9 +71,9 @@ class TrainConfig:
     experts = a mixture's stacks of experts, each expert with its own adapter; all-linear does not include them."""
     init_adapter: str | None = None
     """Adapter folder to go on from; its rank, alpha, targets and kind are taken over. Default: a new adapter."""
-    init: Literal["default", "pissa", "loftq"] = "default"
-    """How a new adapter starts: as no change (default), from the largest singular part of each matrix (pissa), or from
-    what 4 bits took away (loftq, with --base nf4)."""
+    init: Literal["default", "pissa", "loftq", "eva"] = "default"
+    """How a new adapter starts: as no change (default), from the largest singular part of each matrix (pissa), from
+    what 4 bits took away (loftq, with --base nf4), or with A along the layer's inputs on training rows (eva)."""
     use_rslora: bool = False
     """Scale the adapter by alpha / sqrt(rank), which holds high ranks down less. Default: by alpha / rank."""
     use_dora: bool = False

@@ -48,6 +48,7 @@ from lorafit.settings import settle_for_data, settle_for_machine
 from lorafit.training.checkpoint import Checkpoints, Progress, single_writer
 from lorafit.training.loop import Plan, Run, StopRequest, fit, rehearse
 from lorafit.training.metrics import Metrics
+from lorafit.training.sample import feed
 from lorafit.training.trained import train_everything
 from lorafit.tuned import disk_bytes, reopen, save_tuned
 
@@ -186,7 +187,9 @@ def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
     elif config.init_adapter:
         _start_from(base, config)
     else:
-        _attach(base, read.source, config)
+        # a checkpoint has what EVA's start has become
+        begun = config.init == "eva" and resumed and Checkpoints(Path(config.out)).newest()[0] is not None
+        _attach(base, read, replace(config, init="default") if begun else config)
     identity = _identity(config, base_digest, tokenizer)
     rows = read.data, read.training, read.evaluation
     return Job(resolved, read.plan, base, *rows, identity, read.prediction, read.source.bytes_by_format())
@@ -375,8 +378,9 @@ def _start_from(base: Base, config: TrainConfig) -> None:
         layer.adapter.dropout.p = config.dropout
 
 
-def _attach(base: Base, source: WeightSource, config: TrainConfig) -> None:
+def _attach(base: Base, read: Input, config: TrainConfig) -> None:
     """A new adapter, of the kind that the settings say."""
+    source = read.source
     if config.init == "loftq" and config.base != "nf4":
         raise ConfigError("--init", f"is loftq, and the base is in {config.base}", "give --base nf4")
 
@@ -405,6 +409,7 @@ def _attach(base: Base, source: WeightSource, config: TrainConfig) -> None:
         token_ids=[_token_id(base.tokenizer, token) for token in (*config.train_tokens, *config.new_tokens)],
         new_tokens=config.new_tokens,
         originals=original,
+        feed=lambda: feed(base.model, read.training, config.seed, config.packing == "auto"),
     )
 
 

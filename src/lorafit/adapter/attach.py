@@ -23,6 +23,7 @@ from lorafit.adapter.experts import (
 from lorafit.adapter.lora import Adapted, BiasLinear, LoraAdapter, LoraLinear
 from lorafit.adapter.peft_experts import parameter_paths
 from lorafit.adapter.variants.dora import DoraLinear
+from lorafit.adapter.variants.eva import start_eva
 from lorafit.adapter.variants.loftq import start_loftq
 from lorafit.adapter.variants.pissa import PissaAdapter
 from lorafit.adapter.variants.vocabulary import LoraEmbedding, matrix_of, shape_of
@@ -146,18 +147,20 @@ def attach(
     token_ids: Sequence[int] = (),
     new_tokens: Sequence[str] = (),
     originals: Callable[[str], Tensor] | None = None,
+    feed: Callable[[], None] | None = None,
 ) -> nn.Module:
     """Freeze `model` and put a new adapter on each layer that `targets` name; the same object comes back.
 
     Works on any torch module. The adapter changes no output until it is trained (init="loftq" does). Each adapter's
-    start is a function of (seed, path) alone, or of the layer's matrix.
+    start is a function of (seed, path) alone, of the layer's matrix, or of its inputs.
 
-    use_rslora, use_dora, init ("default", "pissa", "loftq"): the kind of adapter, see docs/methods.md.
+    use_rslora, use_dora, init ("default", "pissa", "loftq", "eva"): the kind of adapter, see docs/methods.md.
     rank_pattern, alpha_pattern: other ranks and alphas by name, path or glob; the first that fits counts.
     bias: which biases are trained: "none", those of "all" linear layers, or "lora_only", of adapted layers.
     modules_to_save: of embedding and head, those trained whole. token_ids: tokens whose rows of both are trained,
     the last of them those of `new_tokens`, which the vocabulary did not have.
     originals: gives a layer's matrix as it was before it was stored in 4 bits, for "loftq".
+    feed: runs training rows through `model`, for "eva".
 
     Raises ConfigError when a target or pattern matches nothing, a layer has an adapter already, a rank is above a
     layer's size, or experts among the targets cannot have what is asked for.
@@ -169,6 +172,8 @@ def attach(
     for path in paths:
         _check(path, layers[path], ranks[path])
     _check_experts(model, {path: layers[path] for path in paths}, dropout, use_dora, init, bias)
+    if init == "eva":
+        _check_eva({path: layers[path] for path in paths}, feed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     places = Places()
@@ -176,6 +181,11 @@ def attach(
         kind = {"use_rslora": use_rslora, "use_dora": use_dora, "pissa": init == "pissa"}
         put_adapter(model, path, int(ranks[path]), alphas[path], dropout, places, **kind)
         begin(model.get_submodule(path), _generator(seed, path), originals if init == "loftq" else None, path)
+    if init == "eva":
+        assert feed is not None, "checked above"
+        enable_adapter(model, False)
+        start_eva({path: model.get_submodule(path) for path in paths}, feed, _generator(seed, "eva"))  # type: ignore[misc]
+        enable_adapter(model, True)
     train_biases(model, bias)
     if modules_to_save:
         train_whole(model, modules_to_save)
@@ -217,6 +227,15 @@ def _check_experts(
     if use_dora and parameters:
         what = f"cannot be put on {parameters[0].removesuffix('.weight')}, for PEFT a parameter beside experts"
         raise ConfigError("--use-dora", what, "leave it out, or give --targets attention")
+
+
+def _check_eva(layers: Mapping[str, nn.Module], feed: Callable[[], None] | None) -> None:
+    """EVA is for linear layers that rows run through; of the head only trained tokens are ever computed."""
+    if feed is None:
+        raise ConfigError("init", "is eva, and there are no rows to look at", "give feed, which runs some")
+    for path, layer in layers.items():
+        if isinstance(layer, EMBEDDING) or _name(path) in HEADS:
+            raise ConfigError("--init eva", f"is not made for {path}", "leave it out of --targets")
 
 
 def by_pattern(option: str, paths: Sequence[str], pattern: Mapping[str, float], default: float) -> dict[str, float]:

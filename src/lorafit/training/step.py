@@ -31,14 +31,19 @@ def checkpoint_layers(model: nn.Module, count: int) -> None:
 
 def pack_losses(model: nn.Module, head: Head, pack: Pack) -> Tensor:
     """Losses (N,) in nats of the pack's trained tokens, in the pack's order; differentiable in the adapter."""
-    backbone = decoder_of(model)
-    hidden_1TH = backbone(
+    hidden_TH = pack_hidden(model, pack)
+    return token_losses(hidden_TH[torch.from_numpy(pack.predictors_N)], torch.from_numpy(pack.targets_N), head)
+
+
+def pack_hidden(model: nn.Module, pack: Pack) -> Tensor:
+    """The last hidden states (T, H) of the pack, in the compute dtype."""
+    hidden_1TH: Tensor = decoder_of(model)(
         input_ids=torch.from_numpy(pack.ids_T)[None],
         position_ids=torch.from_numpy(pack.positions_T)[None],
         documents=pack.documents,
         use_cache=False,
     ).last_hidden_state
-    return token_losses(hidden_1TH[0, torch.from_numpy(pack.predictors_N)], torch.from_numpy(pack.targets_N), head)
+    return hidden_1TH[0]
 
 
 def accumulate(

@@ -1,4 +1,4 @@
-"""The largest singular values of a matrix with their vectors, as a LoRA pair."""
+"""The largest singular values of a matrix with their vectors, also as a LoRA pair."""
 
 from __future__ import annotations
 
@@ -13,7 +13,16 @@ def leading_pair(
     matrix_OI: Tensor, rank: int, generator: torch.Generator, exact: bool = False
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(A (r, I), B (O, r)), fp32, whose product B A is the best approximation of that rank, shared out evenly:
-    B = U sqrt(S), A = sqrt(S) V^T.
+    B = U sqrt(S), A = sqrt(S) V^T. Its arguments are `leading`'s."""
+    U, S, V = leading(matrix_OI, rank, generator, exact)
+    root = S.sqrt()
+    return root[:, None] * V, U * root
+
+
+def leading(
+    matrix_OI: Tensor, rank: int, generator: torch.Generator, exact: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(U (O, r), S (r,), V^T (r, I)), fp32: the largest singular values, in order, and their vectors.
 
     matrix_OI: (O, I), fp32. Large matrices are decomposed by subspace iteration from random vectors of `generator`,
     which finds singular values that stand out and a mixture of those that are nearly equal; exact forbids that.
@@ -28,5 +37,4 @@ def leading_pair(
             Q = torch.linalg.qr(matrix_OI @ torch.linalg.qr(matrix_OI.T @ Q).Q).Q
         U, S, V = torch.linalg.svd(Q.T @ matrix_OI, full_matrices=False)
         U = Q @ U
-    root = S[:rank].sqrt()
-    return root[:, None] * V[:rank], U[:, :rank] * root
+    return U[:, :rank], S[:rank], V[:rank]
