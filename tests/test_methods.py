@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafit
 from builders.commands import QUICK, World, run
+from builders.gguf_files import write_tiny_gguf
 from builders.models import save_folder, tiny_model
+from builders.tokenizers_tiny import tiny_gguf_metadata
 from lorafit.errors import AdapterError, Interrupted
 from lorafit.formats.tokenizer import load_tokenizer
 from lorafit.run import resume
@@ -181,7 +185,7 @@ def test_loftq_begins_nearer_to_the_base_than_4_bits_alone(models, world, tmp_pa
 def test_new_tokens_come_back_on_the_plain_base(family, spare, world, tmp_path, monkeypatch):
     """Texts become tokens of their own, beyond the embedding's rows or in its spare ones, tied or not: trained,
     stopped and resumed to the same bytes, and come back on the plain base with nothing resized; PEFT, whose base must
-    be resized, gives the same logits."""
+    be resized, gives the same logits; merged, a plain folder with the larger vocabulary does too."""
     rows = load_tokenizer(world.model).vocab_size + spare
     model = save_folder(tiny_model(family, vocab_size=rows), tmp_path / "model")
     files = {"model": model, "data": world.test, "eval": world.test}
@@ -218,6 +222,17 @@ def test_new_tokens_come_back_on_the_plain_base(family, spare, world, tmp_path, 
     kept = [n for n in range(width) if n < rows or n in new]
     assert float((ours - logits)[..., kept].abs().max() / logits.abs().max()) < 1e-5
 
+    merged = tmp_path / "merged"
+    done = run("merge", model, result.adapter, "--out", merged, "--dtype", "fp32")
+    assert done.code == 0, done.err
+    assert json.loads((merged / "config.json").read_text())["vocab_size"] == width
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(merged), AutoTokenizer.from_pretrained(merged)
+    assert tokenizer("How many ships <sql>", add_special_tokens=False)["input_ids"] == ids[0].tolist()
+    with torch.no_grad():
+        assert float((plain(ids).logits - ours).abs().max() / ours.abs().max()) < 1e-5
+    measured = run("eval", merged, world.test, "--compute", "fp32", "--json").json
+    assert measured[0]["loss"] == pytest.approx(result.report["adapter_loss"], rel=1e-5)
+
     more = lorafit.train(out=tmp_path / "more", init_adapter=result.adapter, **{**QUICK, **files, "max_steps": 1})
     assert json.loads((more.adapter / "lorafit.json").read_text())["new_tokens"] == ["ships", "<sql>"]
     assert (
@@ -239,6 +254,35 @@ def test_an_adapter_with_new_tokens_is_evaluated_as_its_run_was(world, tmp_path)
     assert "ships" in [token["text"] for token in looked.json["rows"][0]["tokens"]]
 
 
+@pytest.mark.parametrize("kind", ["gguf", "listed"])
+def test_a_merged_folder_has_the_new_tokens_whatever_the_base_is(kind, world, tmp_path):
+    """A GGUF file has its tokenizer inside; a folder's tokenizer_config.json may list the added tokens once more:
+    transformers reads the merged folder as training read the text, and gives the logits."""
+    model = world.model
+    if kind == "gguf":
+        wide = tiny_model("llama", hidden_size=64, intermediate_size=96)
+        model = write_tiny_gguf(tmp_path / "model.gguf", wide, "llama", tiny_gguf_metadata(), "Q4_0")
+    else:
+        model = shutil.copytree(world.model, tmp_path / "model")
+        AutoTokenizer.from_pretrained(model).save_pretrained(model)
+        file = model / "tokenizer_config.json"
+        known = {"0": {"content": load_tokenizer(model).backend.id_to_token(0), "special": True}}
+        file.write_text(json.dumps({**json.loads(file.read_text()), "added_tokens_decoder": known}))
+    files = {"model": model, "data": world.data, "eval": world.test}
+    result = lorafit.train(out=tmp_path / "out", **{**QUICK, **files, "max_steps": 2, "new_tokens": ["ships", "<sql>"]})
+    done = run("merge", model, result.adapter, "--out", tmp_path / "merged", "--dtype", "fp32")
+    assert done.code == 0, done.err
+    loaded = lorafit.load(model, adapter=result.adapter, compute="fp32")
+    ids = loaded.tokenizer("How many ships <sql>", return_tensors="pt", add_special_tokens=False).input_ids
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("How many ships <sql>", add_special_tokens=False)["input_ids"] == ids[0].tolist()
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+        ours = loaded(input_ids=ids).logits
+    assert float((theirs - ours).abs().max() / ours.abs().max()) < 1e-5
+    assert run("eval", tmp_path / "merged", world.test, "--json").code == 0
+
+
 def test_new_tokens_are_refused_where_they_cannot_be(world, tmp_path):
     """One that is a token already; an adapter on a model that was not given its tokens; `eval` beside another one."""
     files = {"model": world.model, "data": world.data, "eval": world.test}
@@ -248,9 +292,15 @@ def test_new_tokens_are_refused_where_they_cannot_be(world, tmp_path):
     two = ["--adapter", result.adapter, "--adapter", result.adapter]
     measured = run("eval", world.model, world.test, *two)
     assert (measured.code, "adds tokens, and so reads the rows in its own way" in measured.err) == (2, True)
-    for words in (("merge",), ("export", "--to", "peft"), ("export", "--to", "gguf")):
+    for words in (
+        ("merge", "--as-adapter"),
+        ("merge", result.adapter),
+        ("export", "--to", "peft"),
+        ("export", "--to", "gguf"),
+        ("export", "--to", "gguf-merged"),
+    ):
         refused = run(words[0], world.model, result.adapter, *words[1:], "--out", tmp_path / "exported")
-        assert (refused.code, "adds 1 tokens, and the vocabulary of a merged" in refused.err) == (2, True)
+        assert (refused.code, "adds 1 tokens, for which only a folder" in refused.err) == (2, True)
         assert not (tmp_path / "exported").exists()
     with pytest.raises(AdapterError, match="adds 1 tokens that the model's tokenizer was not given"):
         lorafit.load_adapter(lorafit.load(world.model, compute="fp32"), result.adapter)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import peft
-import pytest
 import torch
 from torch import nn
 
@@ -13,10 +12,9 @@ from lorafit.adapter.attach import adapted_layers, attach
 from lorafit.adapter.dropout import PlacedDropout
 from lorafit.adapter.experts import put_on_experts
 from lorafit.adapter.lora import LoraAdapter, LoraLinear
-from lorafit.adapter.merge import EMBEDDING, HEAD, changes, low_rank, put_factors
+from lorafit.adapter.merge import EMBEDDING, HEAD, changes, grown, low_rank, put_factors
 from lorafit.adapter.variants.dora import DoraLinear
 from lorafit.adapter.variants.vocabulary import LoraEmbedding, TokenEmbedding, WholeEmbedding, WholeLinear
-from lorafit.errors import AdapterError
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.stack import FrozenStack
 
@@ -139,9 +137,14 @@ def test_ties():
     assert not changes(model)[HEAD](torch.randn(9, 4)).any()
 
 
-def test_new_tokens_are_refused():
-    """A base has no rows for tokens that the adapter adds: they are not left out in silence."""
-    model = holder("up", LoraLinear(nn.Linear(6, 4), pair(4, 6)))
-    model.new_tokens = ("<one>",)
-    with pytest.raises(AdapterError, match="adapter: adds 1 tokens"):
-        changes(model)
+def test_new_tokens_need_rows():
+    """Rows beyond the base's are counted, and take the place of whatever the enlarged tensor holds there."""
+    rows = nn.Parameter(torch.randn(3, 4))
+    model = holder("model.embed_tokens", TokenEmbedding(nn.Embedding(9, 4), rows, (7, 9, 10), rows.detach()))
+    assert grown(model) == {EMBEDDING: 11}
+    weight = torch.randn(11, 4)
+    merged = weight + changes(model)[EMBEDDING](weight)
+    assert torch.allclose(merged[[7, 9, 10]], rows.detach())
+    assert torch.equal(merged[:7], weight[:7])
+    model = holder("model.embed_tokens", TokenEmbedding(nn.Embedding(9, 4), rows, (6, 7, 8), rows.detach()))
+    assert grown(model) == {}

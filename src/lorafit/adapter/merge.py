@@ -19,8 +19,6 @@ from lorafit.adapter.experts import LoraStack
 from lorafit.adapter.lora import BiasLinear, LoraLinear
 from lorafit.adapter.variants.dora import DoraLinear
 from lorafit.adapter.variants.vocabulary import LoraEmbedding, TokenEmbedding, TokenHead, WholeEmbedding, WholeLinear
-from lorafit.adapter.vocabulary import new_tokens
-from lorafit.errors import AdapterError
 
 Change = Callable[[Tensor], Tensor]
 """A base tensor, fp32 -> what the adapter adds to it, fp32, of the same shape."""
@@ -28,15 +26,12 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def changes(model: nn.Module) -> dict[str, Change]:
-    """What is trained beside `model` adds to each tensor of the base that it changes, by the tensor's name.
+    """What is trained beside `model` adds to each tensor of the base that it changes, by the tensor's name. Of those in
+    `grown`, the tensor is to have its new rows already, whatever they hold.
 
     A stack of experts is one tensor (E, O, I), named as the layer; or (E, I, O), where its base says `transposed`. A
-    tied head is named where it does not stay what the embedding becomes. Raises AdapterError where the adapter adds
-    tokens, for which the base has no rows.
+    tied head is named where it does not stay what the embedding becomes.
     """
-    if new_tokens(model):
-        what = f"adds {len(new_tokens(model))} tokens, and the base's vocabulary cannot grow"
-        raise AdapterError("adapter", what, "use it with `lorafit generate`")
     found: dict[str, Change] = {}
     for path, layer in adapted(model).items():
         if isinstance(layer, BiasLinear) and layer.bias is not None:
@@ -50,6 +45,15 @@ def changes(model: nn.Module) -> dict[str, Change]:
     if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         _settle_tie(model, found)
     return found
+
+
+def grown(model: nn.Module) -> dict[str, int]:
+    """The rows that embedding and head have with the tokens that the adapter adds, where the base has fewer."""
+    layers = {f"{path}.weight": layer for path, layer in adapted(model).items()}
+    rows = {
+        name: max(layer.ids) + 1 for name, layer in layers.items() if isinstance(layer, (TokenEmbedding, TokenHead))
+    }
+    return {name: count for name, count in rows.items() if count > layers[name].own}  # type: ignore[operator]
 
 
 def low_rank(model: nn.Module) -> dict[str, LowRank]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit import console
@@ -29,7 +30,7 @@ from lorafit.adapter.combine import (
     truncated,
 )
 from lorafit.adapter.file import save_adapter
-from lorafit.adapter.merge import EMBEDDING, HEAD, Change, put_factors
+from lorafit.adapter.merge import EMBEDDING, HEAD, Change, grown, put_factors
 from lorafit.errors import ConfigError
 from lorafit.export.opened import EXACT, Opened, Part, about, open_model
 from lorafit.export.paths import nothing_left, refuse_existing
@@ -155,7 +156,7 @@ def merge(
     folder = Path(out)
     refuse_existing(folder, "--out")
     how.check(len(adapters))
-    opened = open_model(model, adapters, template, threads)
+    opened = open_model(model, adapters, template, threads, grows=not as_adapter)
     if as_adapter:
         return write_combined(opened, folder, how, rank)
     if rank is not None:
@@ -182,12 +183,15 @@ def write_weights(opened: Opened, changes: dict[str, Change], folder: Path, dtyp
     """All tensors, in files of at most SHARD bytes; returns whether the head is still the embedding."""
     source, (kind, code) = opened.source, DTYPES[dtype]
     shapes = {name: opened.shape(name) for name in source.shapes if not source.ignorable(name)}
+    rows = grown(opened.model)
+    shapes |= {name: (rows[name], *shape[1:]) for name, shape in shapes.items() if name in rows}
     tied = HEAD not in shapes
     if tied and HEAD in changes:
         shapes[HEAD], tied = shapes[EMBEDDING], False  # the head goes its own way from here
 
     def load(name: str) -> Tensor:
         base = opened.load(EMBEDDING if name == HEAD and name not in source.shapes else name)
+        base = F.pad(base, (0, 0, 0, rows[name] - len(base))) if name in rows else base
         change = changes.get(name)
         merged = base.to(kind) if change is None else rounding.round(base.float(), change(base.float()), kind)
         if not bool(torch.isfinite(merged).all()):

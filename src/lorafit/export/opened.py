@@ -103,28 +103,39 @@ class Opened:
         return max(sizes, key=sizes.__getitem__)
 
 
-def open_model(model: str, adapters: Sequence[str], template: str | None = None, threads: int | None = None) -> Opened:
+def open_model(
+    model: str,
+    adapters: Sequence[str],
+    template: str | None = None,
+    threads: int | None = None,
+    *,
+    grows: bool = False,
+) -> Opened:
     """The base at `model` with the last of `adapters` on it; each is read strictly, and its chat template compared.
 
-    template: file of the chat template to use. threads: as `--threads`. Raises ModelError, AdapterError, ConfigError.
+    template: file of the chat template to use. threads: as `--threads`. grows: whether an adapter, if it is the only
+    one, may add tokens; the tokenizer has them then. Raises ModelError, AdapterError, ConfigError.
     """
     path, folders = Path(model), [Path(adapter) for adapter in adapters]
+    added: tuple[str, ...] = ()
     for folder in folders:
         if not folder.exists():
             raise ConfigError(str(folder), "does not exist", "give an adapter's folder")
-        grown = tokens_of(folder)
-        if grown:
-            what = f"adds {len(grown)} tokens, and the vocabulary of a merged or exported base cannot grow"
-            raise AdapterError(str(folder), what, "use it with lorafit generate, or in PEFT as its README.md says")
+        added = tokens_of(folder)
+        if added and not (grows and len(folders) == 1):
+            what = f"adds {len(added)} tokens, for which only a folder of this adapter and its base has room"
+            raise AdapterError(str(folder), what, "merge it alone, or use it in PEFT as its README.md says")
     source = open_source(path)
     settled = settle_for_machine(Resolved(TrainConfig(threads=threads)), source.quantised).config
     torch.set_num_threads(int(settled.threads or 1))
     tokenizer = source.tokenizer(_template(folders, template))
+    tokenizer.add(added)
     for folder in folders:
         _check_template(folder, tokenizer)
     if not tokenizer.has_template:
         console.warn(NO_TEMPLATE)
     base = build(source, "packed", torch.float32)
+    base.new_tokens = tokenizer.added  # type: ignore[assignment]
     parts = []
     for folder in folders:
         detach(base)

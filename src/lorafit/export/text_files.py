@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lorafit.adapter.merge import grown
 from lorafit.export.opened import Opened
 from lorafit.model import save_plain
 
@@ -12,10 +13,13 @@ NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def write_config(opened: Opened, folder: Path, dtype: str, tied: bool) -> None:
-    """config.json, with the dtype of the weights beside it and no quantisation, and generation_config.json."""
+    """config.json, with the dtype of the weights beside it, the rows of their embedding and no quantisation, and
+    generation_config.json."""
     changes: dict[str, Any] = {"dtype": NAMES[dtype]}
     if opened.model.config.tie_word_embeddings and not tied:
         changes["tie_word_embeddings"] = False
+    if grown(opened.model):
+        changes["vocab_size"] = max(grown(opened.model).values())
     save_plain.write_config(folder, opened.model, opened.tokenizer, opened.path, changes)
 
 

@@ -74,11 +74,14 @@ def _configuration(model: PreTrainedModel, source: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, tokenizer: TextTokenizer, source: Path, template: str | None) -> None:
-    """The tokenizer's files as the source has them, or made of a GGUF file's, and the template beside them."""
+    """The tokenizer's files as the source has them, with the tokens added since, or made of a GGUF file's, and the
+    template beside them."""
     if (source / "tokenizer.json").is_file():
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        if tokenizer.added:
+            _add_tokens(folder / "tokenizer.json", tokenizer)
     else:
         made = as_transformers(tokenizer)
         backend = tokenizer.backend  # the very one that `made` has
@@ -89,10 +92,29 @@ def write_tokenizer(folder: Path, tokenizer: TextTokenizer, source: Path, templa
         backend.post_processor = None  # ours adds no token by itself
     file = folder / "tokenizer_config.json"
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if config.pop("chat_template", None) is not None:
-        _write_json(file, config)  # the file beside it is the one that counts
+    own = {key: value for key, value in config.items() if key != "chat_template"}  # the file beside it counts
+    if "added_tokens_decoder" in own:
+        added = {str(tokenizer.backend.token_to_id(token)): _described(token) for token in tokenizer.added}
+        own["added_tokens_decoder"] = {**own["added_tokens_decoder"], **added}
+    if own != config:
+        _write_json(file, own)
     if template is not None:
         (folder / TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def _add_tokens(file: Path, tokenizer: TextTokenizer) -> None:
+    """Into a tokenizer.json the tokens that the tokenizer was given, with their ids."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["added_tokens"] = [
+        *content.get("added_tokens", ()),
+        *({"id": tokenizer.backend.token_to_id(token), **_described(token)} for token in tokenizer.added),
+    ]
+    _write_json(file, content)
+
+
+def _described(token: str) -> dict[str, Any]:
+    """A token as TextTokenizer.add makes it: no control token, found in the text as it is written."""
+    return {"content": token, **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)}
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:
