@@ -10,6 +10,8 @@ import torch
 import lorafit
 from builders.adapters import logits, write_adapter
 from builders.commands import run
+from builders.gguf_experts import ARCHITECTURES as MIXTURES
+from builders.gguf_experts import write_moe_gguf
 from builders.gguf_files import ARCHITECTURES, write_tiny_gguf
 from builders.models import save_folder, tiny_model
 from builders.tokenizers_tiny import CHAT_TEMPLATE, tiny_gguf_metadata
@@ -27,14 +29,29 @@ def by_name(path) -> dict[str, np.ndarray]:
     return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "ministral3"])
+def written(model, path):
+    """The model as a GGUF file, by the builder of its family."""
+    kind = model.config.model_type
+    if kind in MIXTURES:
+        return write_moe_gguf(path, model)
+    return write_tiny_gguf(path, model, ARCHITECTURES[kind], tiny_gguf_metadata())
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen3", "gemma3_text", "ministral3", "qwen2", "mistral", "smollm3", "granite", "qwen3_moe", "mixtral",
+     "qwen2_moe", "olmoe", "granitemoe", "llama4_text"],
+)  # fmt: skip
 def test_base_plus_adapter_is_the_merged_file(family, tmp_path):
     """base + alpha / r * lora_b lora_a, tensor by tensor, equals the file that the builder writes of the merged model,
     its own permutation of q and k included; from a folder and from a GGUF base come the same tensors."""
-    model = tiny_model(family)
+    model = tiny_model(
+        family, **({"attention_chunk_size": 8192} if family == "llama4_text" else {})
+    )  # as files have it
     folder = save_folder(model, tmp_path / "model")
-    base = write_tiny_gguf(tmp_path / "base.gguf", model, ARCHITECTURES[family], tiny_gguf_metadata())
-    adapter = write_adapter(folder, tmp_path / "adapter", rank=4, alpha=10)
+    base = written(model, tmp_path / "base.gguf")
+    targets = ["all-linear", "experts"] if family in MIXTURES else ["all-linear"]
+    adapter = write_adapter(folder, tmp_path / "adapter", rank=4, alpha=10, targets=targets)
     for source, out in ((base, "a.gguf"), (folder, "b.gguf")):
         done = run("export", source, adapter, "--to", "gguf", "--out", tmp_path / out)
         assert done.code == 0, done.err
@@ -42,24 +59,27 @@ def test_base_plus_adapter_is_the_merged_file(family, tmp_path):
     found, same = by_name(tmp_path / "a.gguf"), by_name(tmp_path / "b.gguf")
     assert found.keys() == same.keys()
     assert all(np.array_equal(found[name], same[name]) for name in found)
-    adapted = lorafit.load(folder, adapter=adapter, compute="fp32")
+    adapted, layers = lorafit.load(folder, adapter=adapter, compute="fp32"), 0
     with torch.no_grad():
         for path, layer in adapted.named_modules():
             if hasattr(layer, "adapter"):
-                own = model.get_submodule(path).weight
-                own += layer.adapter.scale * layer.adapter.B @ layer.adapter.A
-    want = by_name(write_tiny_gguf(tmp_path / "want.gguf", model, ARCHITECTURES[family], tiny_gguf_metadata()))
+                layers += 1
+                update = layer.adapter.scale * layer.adapter.B @ layer.adapter.A
+                own = model.get_parameter(path if update.ndim == 3 else f"{path}.weight")
+                own += update if update.shape == own.shape else update.mT
+    want = by_name(written(model, tmp_path / "want.gguf"))
     fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
     alpha = fields["adapter.lora.alpha"].contents()
-    assert len(found) == 2 * 14
+    assert len(found) >= 2 * layers
     for name, values in by_name(base).items():
         if f"{name}.lora_a" in found:
-            a, b = found[f"{name}.lora_a"], found[f"{name}.lora_b"]
-            values = values + alpha / len(a) * b @ a
+            a, b = found.pop(f"{name}.lora_a"), found.pop(f"{name}.lora_b")
+            values = values + alpha / a.shape[-2] * b @ a
         np.testing.assert_allclose(values, want[name], rtol=1e-5, atol=1e-6)
+    assert not found
     assert fields["general.type"].contents() == "adapter"
     assert fields["adapter.type"].contents() == "lora"
-    assert fields["general.architecture"].contents() == ARCHITECTURES[family]
+    assert fields["general.architecture"].contents() == {**ARCHITECTURES, **MIXTURES}[family]
     assert fields["tokenizer.chat_template"].contents() == CHAT_TEMPLATE
 
 

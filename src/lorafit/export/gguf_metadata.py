@@ -61,7 +61,9 @@ def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> M
         keys |= _gemma3(config, rope)
     if architecture == "mistral3":
         keys |= _mistral3(full)
-    if architecture == "granite":
+    if architecture == "llama4":
+        keys |= _llama4(config)
+    if architecture in ("granite", "granitemoe"):
         keys |= {key: (config[field], "float32") for field, key in GRANITE.items() if field in config}
     general: Metadata = {"general.type": ("model", "string"), "general.name": (name, "string")}
     return general | {f"{architecture}.{key}": value for key, value in keys.items()}
@@ -94,10 +96,21 @@ def _experts(config: Mapping[str, Any]) -> Metadata:
     count = config.get("num_experts") or config.get("num_local_experts")
     if not count:
         return {}
-    return {
+    keys: Metadata = {
         "expert_count": (count, "uint32"),
         "expert_used_count": (config["num_experts_per_tok"], "uint32"),
         "expert_feed_forward_length": (config.get("moe_intermediate_size") or config["intermediate_size"], "uint32"),
+    }
+    if config.get("shared_expert_intermediate_size"):
+        keys["expert_shared_feed_forward_length"] = (config["shared_expert_intermediate_size"], "uint32")
+    return keys
+
+
+def _llama4(config: Mapping[str, Any]) -> Metadata:
+    """Its experts' width is the configuration's, and dense layers have another."""
+    return {
+        "feed_forward_length": (config["intermediate_size_mlp"], "uint32"),
+        "interleave_moe_layer_step": (config["interleave_moe_layer_step"], "uint32"),
     }
 
 

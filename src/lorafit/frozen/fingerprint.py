@@ -24,6 +24,7 @@ Frozen = FrozenWeight | FrozenStack | Tensor
 TENSORS, VALUES = 8, 24  # sampled matrices, as many vectors, and values of each
 SAME = 0.005  # relative difference that bf16 rounding explains (its half step is 0.004)
 QUANTISED = 0.2  # relative difference that 4-bit rounding explains (measured: 0.08 for Q4_0, 0.09 for NF4)
+ALIKE = {"mistral": "llama"}  # Mistral's models call themselves Llama in a GGUF file
 EXACT_FORMATS = ("F32", "F16", "BF16", "FP32", "FP16")
 
 
@@ -52,7 +53,7 @@ def difference(stored: dict[str, Any], own: dict[str, Any]) -> tuple[bool, str]:
 
     Raises KeyError or TypeError when `stored` is no fingerprint.
     """
-    if stored["architecture"] != own["architecture"]:
+    if len({ALIKE.get(one["architecture"], one["architecture"]) for one in (stored, own)}) > 1:
         return False, f"it was trained on a {stored['architecture']} model and this is {own['architecture']}"
     if stored["shapes"] != own["shapes"] or stored["samples"].keys() != own["samples"].keys():
         return False, "it was trained on a model with other tensor shapes"
