@@ -15,6 +15,7 @@ from builders.rows import random_rows
 from builders.tokenizers_tiny import tiny_gguf_metadata
 from lorafit.adapter.attach import attach
 from lorafit.data.batch import pack_rows
+from lorafit.evaluate.movement import movement
 from lorafit.model.load import load_base
 from lorafit.model.sources import open_source
 from lorafit.training.step import accumulate
@@ -34,7 +35,8 @@ def resident(path: Path) -> int:
 
 
 def trained(path: Path, paged: bool, **adapter: Any) -> tuple[float, list[torch.Tensor], int, int]:
-    """(loss, gradients, bytes resident after loading, after a step) of one step on the packed file."""
+    """(loss, gradients, bytes resident after loading, and at the end) of one step on the packed file, and the report's
+    look at how far layers moved, which reads every weight once more."""
     source = open_source(path)
     base = load_base(source, source.tokenizer(None), "packed", "fp32", paged=paged)
     del source
@@ -44,6 +46,7 @@ def trained(path: Path, paged: bool, **adapter: Any) -> tuple[float, list[torch.
     base.model.train()
     loss = accumulate(base.model, base.head, [pack], checkpointed=6)
     grads = [p.grad for p in base.model.parameters() if p.requires_grad]
+    movement(base.model)
     return loss, grads, loaded, resident(path)
 
 

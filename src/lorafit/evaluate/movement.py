@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorafit.adapter.attach import adapted_layers
 from lorafit.frozen.weight import FrozenWeight
+from lorafit.model.paging import drop
 
 
 @torch.no_grad()
@@ -19,6 +20,7 @@ def movement(model: nn.Module) -> list[dict[str, Any]]:
     found = []
     for path, layer in adapted_layers(model):
         norm, whole = update_norm(layer.adapter), weight_norm(layer.base)
+        drop(layer.base, getattr(model, "paged_from", None))
         found.append({"layer": path, "norm": norm, "relative": norm / whole if whole else None})
     return found
 

@@ -23,8 +23,10 @@ from lorafit.model.fused import FusedLayer
 def page(model: nn.Module, mapping: tuple[int, int] | None) -> None:
     """Have every layer call the one after it and drop the one before it, on the way there and on the way back.
 
-    mapping: the first and last address of the mapped file.
+    mapping: the first and last address of the mapped file; kept as `model.paged_from`, for whoever reads a weight
+    outside of a layer's turn and has to drop it himself.
     """
+    model.paged_from = mapping  # type: ignore[assignment]
     layers = list(model.get_decoder().layers)  # type: ignore[operator]
     spans = [[(tensor.data_ptr(), tensor.nbytes) for tensor in _mapped(layer, mapping)] for layer in layers]
 
