@@ -91,6 +91,24 @@ def test_a_budget_that_is_too_small_is_exit_code_3(world):
     assert not out.exists()
 
 
+def test_what_is_too_small_is_told_in_units_that_can_be_read(world):
+    """Megabytes below a tenth of a GB, never `0.00 GB`; for a device the way out is the device's option."""
+    planned = run("plan", world.gguf, world.data, "--device-memory", "48")
+    (line,) = [line for line in planned.err.splitlines() if line.startswith("error:")]
+    assert planned.code == 3
+    assert line.startswith("error: the device's memory: 0.0 MB is ")
+    assert "--device-memory" in line.split("ways out: ")[1]
+    assert "0.00 GB" not in line
+
+
+def test_rows_longer_than_the_context_are_cut_and_that_is_said(world):
+    """--length above what the model can see: predicted as training would run it."""
+    context, cut = (lorafit.plan(model=world.gguf, rows=8, length=length) for length in (256, 1000))
+    assert cut.tokens <= context.tokens
+    assert not any("are cut" in note for note in context.notes)
+    assert any("rows are cut to 256 tokens" in note for note in cut.notes)
+
+
 def test_devices_are_estimates(world):
     """A device's memory is the budget, its time is at the published rate, and both are said to be estimates; the
     seed's other claim: 70B with 16 bits does not fit one A100, with NF4 it does, some thousand tokens a second."""

@@ -92,6 +92,17 @@ def test_info_of_nonsense_is_one_line(world, tmp_path):
         assert outcome.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", "x"), ("lora_alpha", None), ("peft_type", "IA3")])
+def test_an_adapter_that_no_command_would_take_is_not_described(world, tmp_path, key, value):
+    """info refuses it as generate does: the key and its value in one line."""
+    shutil.copytree(world.out / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    outcome = run("info", file.parent)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith(f"error: {file}: {key}: is {value!r}; ")
+
+
 DAMAGE = [b"", b"{", b"[1]", b"null", b"3", b'"a"', b"\xff\xfe", b"[" * 100_000]
 
 

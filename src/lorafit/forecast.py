@@ -194,6 +194,8 @@ def _rows(
         raise ConfigError("lorafit plan", "needs DATA, or --rows and --length", "give one of them")
     if rows is not None and length is not None:
         longest = min(length, config.max_length or length, outline.context)
+        if longest < length:
+            notes.append(f"rows are cut to {longest:,} tokens: the model's context, or --max-length")
         notes.append(f"{SHARE:.0%} of the tokens are taken as trained")
         found: list[Any] = [Imagined(longest, SHARE, f"{n}") for n in range(rows)]
         return (*_split(found, [], config), longest)

@@ -62,12 +62,12 @@ def base_of(quantised: bool) -> dict[str, str]:
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    from lorafit.adapter.peft_config import in_words
+    from lorafit.adapter.peft_config import in_words, read_config
     from lorafit.errors import AdapterError
     from lorafit.formats.safetensors import open_file
     from lorafit.frozen.fingerprint import digest
 
-    config = _read_object(path / "adapter_config.json")
+    config = read_config(path)
     shapes = open_file(path / "adapter_model.safetensors", AdapterError).shapes
     about = _read_object(path / "lorafit.json") if (path / "lorafit.json").is_file() else {}
     base = about.get("base")

@@ -53,7 +53,7 @@ def read_layers(folder: Path, model: nn.Module, config: Mapping[str, Any]) -> di
             of_experts.setdefault(path, {})[HALVES[end]] = shards.load(name)
             continue
         if end == "" or path not in layers or path in stacks:
-            faults.append(AdapterError(f"{file}: {name}", "names no linear layer of this model"))
+            faults.append(AdapterError(f"{file}: {name}", "names no linear layer of this model", "check the base"))
             continue
         found.setdefault(path, {})[end] = shards.load(name)
         if path not in wanted:

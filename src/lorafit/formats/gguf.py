@@ -117,7 +117,7 @@ def read_gguf(path: str | Path) -> GgufFile:
                 raise ModelError(str(path), f"is no GGUF file: it begins with {head!r}", "give a .gguf file")
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise ModelError(str(path), f"cannot be read: {error.strerror}") from None
+        raise ModelError(str(path), f"cannot be read: {error.strerror}", "check the path") from None
     return _Reader(path, mapping).file()
 
 

@@ -101,7 +101,7 @@ def read_header(path: Path, error: type[LorafitError], dtypes: Collection[str] =
                 raise error(str(path), what, remedy)
             text = file.read(length)
     except OSError as fault:
-        raise error(str(path), f"cannot be read: {fault.strerror}") from None
+        raise error(str(path), f"cannot be read: {fault.strerror}", "check the path") from None
     header = _parse(text, str(path), error)
     about = header.pop("__metadata__", {})
     if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
@@ -206,7 +206,7 @@ def _read_index(index: Path, error: type[LorafitError]) -> dict[str, str]:
     try:
         content = index.read_bytes() if index.stat().st_size <= MAX_HEADER else b""
     except OSError as fault:
-        raise error(str(index), f"cannot be read: {fault.strerror}") from None
+        raise error(str(index), f"cannot be read: {fault.strerror}", "check the path") from None
     shard_of = _parse(content, str(index), error).get("weight_map")
     if not isinstance(shard_of, dict) or not shard_of:
         raise error(f"{index}: weight_map", "is not a table of tensors and files", "download it again")

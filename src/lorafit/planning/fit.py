@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lorafit import console
 from lorafit.planning.memory import DTYPE_BYTES, Memory, Use, activations, casts, parameters, predict, training
 from lorafit.planning.outline import Outline
 
@@ -141,7 +142,8 @@ def ways_out(here: Situation, use: Use, free: Free) -> list[str]:
         if price(2 + 2 * (1 - share), text, replace(use, rank=rank)):
             break
     wanted = here.memory(need).total * SAFETY
-    text = f"--memory {-(-wanted // 10**7) / 100:.2f}GB ({(wanted - here.budget) / 1e9:.2f} GB more memory)"
+    option = "--device-memory" if here.on_device else "--memory"
+    text = f"{option} {-(-wanted // 10**7) / 100:.2f}GB ({console.gigabytes(wanted - here.budget)} more memory)"
     found.append((3, text))
     return [text for _, text in sorted(found)[:3]]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from lorafit import machine
+from lorafit import console, machine
 from lorafit.config import Resolved, TrainConfig, bytes_of, pattern
 from lorafit.data.batch import Tokens, cut
 from lorafit.errors import MemoryLimitError
@@ -145,7 +145,8 @@ def settle(
             chosen = fit.fastest(here, use, free, seconds)
         if chosen is None:
             chosen = fit.least(here, use, free)
-            small = _too_small(here, use, free, "--memory" if config.memory else "memory")
+            place = "--memory" if config.memory else "the device's memory" if elsewhere else "memory"
+            small = _too_small(here, use, free, place)
         resolved = _settled(resolved, chosen, here)
     resolved = _named(resolved, len(model.layers))
     use = here.sized(_use(resolved.config, rows), int(resolved.config.micro_batch_tokens or 1))
@@ -252,8 +253,8 @@ def _named(resolved: Resolved, layers: int) -> Resolved:
 
 def _too_small(here: fit.Situation, use: Use, free: fit.Free, place: str) -> DoesNotFit:
     need = here.memory(fit.least(here, use, free)).total * fit.SAFETY
-    what = f"{here.budget / 1e9:.2f} GB is {(need - here.budget) / 1e9:.2f} GB less than the {need / 1e9:.2f} GB that "
-    what += "this run needs at least"
+    budget, lack, least = map(console.gigabytes, (here.budget, need - here.budget, need))
+    what = f"{budget} is {lack} less than the {least} that this run needs at least"
     ways = fit.ways_out(here, use, free)
     return DoesNotFit(place, what, "the cheapest ways out: " + "; or ".join(ways))
 
