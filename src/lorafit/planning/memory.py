@@ -39,7 +39,7 @@ OPTIMIZER = 8  # bytes of a parameter: AdamW's two moments
 UNFUSED = 2  # how much more of a token transformers' own layers keep than ours (measured on Llama: 1.9)
 DORA = 3.8  # the same with DoRA in them, which keeps outputs of products with and without it (measured: 3.8)
 SEEN_BY_ALL = dict.fromkeys(("limit", "tokens", "trained", "longest", "chunk", "checkpointed", "evaluated"), 1)
-AHEAD = 3  # layers of a paged base that are in memory: the one before, this one, the next
+BEHIND = 2  # layers of a paged base that are in memory: this one and the one before; the next is in the system's cache
 
 
 @dataclass(frozen=True)
@@ -240,9 +240,11 @@ def stored(matrix: Matrix, how: str, model: Outline, base: str) -> tuple[int, in
 
 
 def paged(model: Outline, mapped: int) -> int:
-    """Mapped bytes that are in memory when layers are dropped behind: a few layers, and what is outside of them."""
+    """Mapped bytes that are in memory when layers are dropped behind: some layers, and the head; of an embedding that
+    is nothing else only a few rows are read."""
     layers = [sum(m.file_bytes for m in layer.matrices) for layer in model.layers]
-    return min(mapped, mapped - sum(layers) + AHEAD * max(layers, default=0))
+    rows = 0 if model.head is None else model.embedding.file_bytes
+    return min(mapped, mapped - rows - sum(layers) + BEHIND * max(layers, default=0))
 
 
 def activations(model: Outline, use: Use) -> int:
