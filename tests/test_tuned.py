@@ -81,6 +81,24 @@ def test_a_tied_matrix_is_stored_once_and_learns_from_both_ends(tmp_path):
     assert moved.all()  # the head moves every row, each a little, through the softmax
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "llama4_text", "deepseek_v3", "qwen3_next"])
+def test_a_mixture_is_trained_whole(family, world, tmp_path):
+    """Experts and router move with everything else; transformers loads the model with the same logits."""
+    folder = save_folder(tiny_model(family), tmp_path / "model")
+    files = {"model": folder, "data": world.data, "eval": world.test, "out": tmp_path / "out"}
+    result = lorafit.train(**files, compute="fp32", **QUICK)
+    assert result.report["adapter_loss"] < result.report["base_loss"]
+    assert result.report["trainable_parameters"] == result.report["total_parameters"]
+    before, after = (open_file(path / "model.safetensors") for path in (folder, result.model))
+    assert before.shapes == after.shapes
+    still = [name for name in before.shapes if torch.equal(before.load(name), after.load(name))]
+    assert not [name for name in still if "correction_bias" not in name]  # which no gradient reaches
+    theirs = AutoModelForCausalLM.from_pretrained(result.model, dtype=torch.float32)
+    with torch.no_grad():
+        ours = lorafit.load(result.model, compute="fp32")(input_ids=IDS).logits
+        assert torch.allclose(ours, theirs(IDS).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_a_model_without_template_takes_the_plain_one_along(world, tmp_path):
     """Rows were written by the plain template, so the folder says so; continued pretraining adds none."""
     text = tmp_path / "text.txt"

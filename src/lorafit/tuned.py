@@ -12,6 +12,7 @@ import torch
 from lorafit.config import Resolved, TrainConfig
 from lorafit.data.tokens import TokenRow
 from lorafit.formats.template import PLAIN_TEMPLATE
+from lorafit.frozen.stack import FrozenStack
 from lorafit.model.load import DTYPES, Base, load_base
 from lorafit.model.save_plain import save_plain
 from lorafit.model.sources import open_source
@@ -27,7 +28,17 @@ def save_tuned(
 
     about: facts for lorafit.json and the model card (`base`, `tokenizer`, `template`, `data`, `figures`).
     """
-    tensors = {name: master.detach().to(DTYPES[config.compute]) for name, master in trained.parameters.items()}
+    dtype = DTYPES[config.compute]
+    stacks = {path: one for path, one in base.model.named_modules() if isinstance(one, FrozenStack)}
+    tensors = {path: stack.dense(torch.float32).to(dtype) for path, stack in stacks.items()}
+    for name, master in trained.parameters.items():
+        path, _, own = name.removesuffix(".bias").partition(".weights.")
+        if path not in stacks:
+            tensors[name] = master.detach().to(dtype)
+        elif not own:
+            tensors[f"{path}_bias"] = master.detach().to(dtype)
+    kept = base.model.state_dict().keys()  # DeepSeek's correction of its router, Gemma 4's scalars: not trained
+    tensors |= {name: buffer for name, buffer in base.model.named_buffers() if name in kept}
     conversations = any(row.record.messages is not None for row in rows)
     template = base.tokenizer.chat_template or (PLAIN_TEMPLATE if conversations else None)
     facts = {key: value for key, value in about.items() if key != "figures"}

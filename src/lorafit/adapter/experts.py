@@ -98,8 +98,9 @@ class ExpertGroup:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """A and B, if there are any."""
-        return [] if self.adapter is None else [self.adapter.A, self.adapter.B]
+        """A and B, if there are any, and the stack's own, where they are trained."""
+        own = [] if self.adapter is None else [self.adapter.A, self.adapter.B]
+        return own + self.base.trained
 
     def forward(self, expert: int, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
         """(y (N, O), h = x (s A_e)^T (N, r)) in x's dtype."""
@@ -123,13 +124,19 @@ class ExpertGroup:
     def add_grads(
         self, expert: int, grad_NO: Tensor, dh_NR: Tensor | None, x_NI: Tensor, h_NR: Tensor | None
     ) -> None:  # fmt: skip
-        """dA_e and dB_e, fp32, kept in `grads`; an expert without tokens keeps zeros."""
-        if self.adapter is None or dh_NR is None or h_NR is None:
-            return
+        """What this expert's tokens give to the gradients of `parameters`, kept in `grads`; an expert without tokens
+        keeps zeros."""
         if not self.grads:
-            self.grads = [torch.zeros_like(self.adapter.A), torch.zeros_like(self.adapter.B)]
-        self.grads[0][expert] = (dh_NR.T @ x_NI).float() * self.adapter.scale
-        self.grads[1][expert] = grad_NO.T @ h_NR
+            self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]
+        if self.adapter is not None and dh_NR is not None and h_NR is not None:
+            self.grads[0][expert] = (dh_NR.T @ x_NI).float() * self.adapter.scale
+            self.grads[1][expert] = grad_NO.T @ h_NR
+        if self.base.trained:
+            of = {id(parameter): grad for parameter, grad in zip(self.parameters, self.grads, strict=True)}
+            for weight, start, stop, columns in self.base.pieces(expert):
+                of[id(weight.master)][start:stop] = grad_NO[:, columns].T @ x_NI
+            if self.base.bias is not None:
+                of[id(self.base.bias)][expert] = grad_NO.sum(0)
 
     def _matrices(self, adapter: ExpertAdapter, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """s A_e and B_e in the dtype of the products; of this expert alone."""

@@ -66,7 +66,7 @@ class FrozenStack(nn.Module):
 
     def product(self, expert: int, x_NI: Tensor, y_NO: Tensor) -> None:
         """Writes y = x W_e^T + bias_e, in x's dtype."""
-        for weight, start, stop, columns in self._pieces(expert):
+        for weight, start, stop, columns in self.pieces(expert):
             y_NO[:, columns] = weight.product(x_NI, start, stop)
         if self.bias is not None:
             y_NO += self.bias[expert]
@@ -74,13 +74,13 @@ class FrozenStack(nn.Module):
     def backward_input(self, expert: int, grad_NO: Tensor) -> Tensor:
         """grad W_e (N, I) in grad's dtype."""
         parts = [weight.backward_input(grad_NO[:, columns], start, stop)
-                 for weight, start, stop, columns in self._pieces(expert)]  # fmt: skip
+                 for weight, start, stop, columns in self.pieces(expert)]  # fmt: skip
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0, dtype=torch.float32).to(grad_NO.dtype)
 
     def matrix(self, expert: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_e (O, I), unpacked; for export and tests, never in a step."""
         out = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
-        for weight, start, stop, columns in self._pieces(expert):
+        for weight, start, stop, columns in self.pieces(expert):
             out[columns] = weight.block(start, stop, dtype)
         return out
 
@@ -92,7 +92,7 @@ class FrozenStack(nn.Module):
     def row(self, index: int) -> Tensor:
         """Row `index` of (E O, I), fp32."""
         expert, feature = divmod(index, self.out_features)
-        for weight, start, stop, columns in self._pieces(expert):
+        for weight, start, stop, columns in self.pieces(expert):
             features = range(self.out_features)[columns]
             if feature in features:
                 place = start + features.index(feature)
@@ -101,11 +101,17 @@ class FrozenStack(nn.Module):
                 return weight.rows(place, place + 1, out)[0]
         raise AssertionError(f"no part gives output feature {feature}")
 
-    def _pieces(self, expert: int) -> Iterator[tuple[FrozenWeight, int, int, slice]]:
+    def pieces(self, expert: int) -> Iterator[tuple[FrozenWeight, int, int, slice]]:
         """(weight, first row, last row, columns) of this expert's parts."""
         for first, rows, tall, columns in self._parts:
             start = expert * rows if tall else 0
             yield self._weight(first if tall else first + expert), start, start + rows, columns
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Its own parameters, where they are trained (--method full)."""
+        found = [*(self._weight(index).master for index in range(len(self.weights))), self.bias]
+        return [parameter for parameter in found if parameter is not None and parameter.requires_grad]
 
     def _weight(self, index: int) -> FrozenWeight:
         weight = self.weights[index]
