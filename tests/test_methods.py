@@ -135,6 +135,12 @@ REFUSED = {
         ["--init", "pissa", "--init-adapter", "x"],
         "--init: is pissa, and --init-adapter has",
     ),
+    "eva from an adapter": (["--init", "eva", "--init-adapter", "x"], "--init: is eva, and --init-adapter has"),
+    "eva of everything": (["--init", "eva", "--method", "full"], "--init are for adapters on a frozen base"),
+    "eva on the head": (
+        ["--init", "eva", "--targets", "q_proj,lm_head"],
+        "--init eva: is not made for lm_head; leave it out of --targets",
+    ),
     "dora from an adapter": (["--use-dora", "--init-adapter", "x"], "--use-dora: is True, and --init-adapter"),
     "loftq on 16 bits": (["--init", "loftq"], "--init: is loftq, and the base is in fp32; give --base nf4"),
     "odd pattern": (["--rank-pattern", "q_proj=x"], "--rank-pattern: holds q_proj=x; give NAME=RANK, 1 to 4096"),

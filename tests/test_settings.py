@@ -167,9 +167,10 @@ def test_max_length_is_the_longest_row():
     assert settled(longest=77)[0].config.max_length == 77
 
 
-def test_pissa_gets_a_tenth_of_the_rate():
-    """The rule's rate divided by ten, and the output says so; a rate that is given stays."""
-    plain, pissa = (settled(init=init)[0] for init in ("default", "pissa"))
-    assert pissa.config.lr == plain.config.lr / 10
-    assert pissa.origin["lr"] == plain.origin["lr"] + ", / 10 for PiSSA"
-    assert settled(init="pissa", lr=0.5)[0].config.lr == 0.5
+@pytest.mark.parametrize(("init", "times", "name"), [("pissa", 10, "PiSSA"), ("eva", 3, "EVA")])
+def test_some_starts_get_a_lower_rate(init, times, name):
+    """The rule's rate divided by ten or three, and the output says so; a rate that is given stays."""
+    plain, lower = (settled(init=kind)[0] for kind in ("default", init))
+    assert lower.config.lr == plain.config.lr / times
+    assert lower.origin["lr"] == plain.origin["lr"] + f", / {times} for {name}"
+    assert settled(init=init, lr=0.5)[0].config.lr == 0.5

@@ -11,6 +11,7 @@ from torch import nn
 from builders.models import frozen, tiny_model
 from builders.rows import random_rows
 from lorafit.adapter.attach import adapted_layers, attach, detach, enable_adapter
+from lorafit.adapter.file import load_adapter, save_adapter
 from lorafit.adapter.variants.svd import MORE
 from lorafit.data.batch import pack_rows
 from lorafit.errors import ConfigError
@@ -144,6 +145,23 @@ def test_pefts_start_on_centred_inputs_is_ours():
     attach(ours, rank=4, init="eva", feed=lambda: ours(x))
     (V,) = state.values()
     assert apart(ours[0].adapter.A.detach(), V.float()) < 1e-3
+
+
+def test_in_peft_and_again_here_it_gives_our_logits(tmp_path):
+    """Saved as plain LoRA: PEFT loads it on the plain base, logits equal within 1e-5; loaded here, bit for bit."""
+    rows, ids = random_rows([30, 21, 25]), torch.tensor([[5, 9, 200, 31, 7, 88, 120]])
+    ours = frozen(tiny_model("llama"), tmp_path / "model").model
+    attach(ours, rank=RANK, init="eva", feed=lambda: feed(ours, rows, 0, True))
+    for _, layer in adapted_layers(ours):
+        nn.init.normal_(layer.adapter.B, std=0.05)
+    save_adapter(ours, tmp_path / "adapter")
+    again = frozen(tiny_model("llama"), tmp_path / "model").model
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        got = ours(input_ids=ids).logits
+        want = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "adapter")(ids).logits
+        assert float((got - want).abs().max() / want.abs().max()) < 1e-5
+        assert torch.equal(again(input_ids=ids).logits, got)
 
 
 REFUSED = {
