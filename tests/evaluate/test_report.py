@@ -129,6 +129,7 @@ def test_the_page_shows_every_figure(world):
     wanted = [f"{report['base_loss']:.4f}", f"{report['adapter_loss']:.4f}", f"{report['tokens']:,}"]
     wanted += [f"{report['trained_tokens']:,} trained", f"<b>{report['tokens_per_second']:,.0f}</b>"]
     wanted += [f"{report['trainable_parameters']:,} (", "48,288 parameters", f"{report['data']['tokens']:,}"]
+    wanted += [f"<td>24, 24 used; {report['data']['held_out']} evaluated on, from other files</td>"]
     wanted += [f"{report[key] / 1e9:.2f} GB" for key in ("peak_memory_bytes", "private_memory_bytes")]
     wanted += [f"<th>{key}</th><td>{value}</td>" for key, value in report["versions"].items()]
     wanted += [f"<th>{key}</th>" for key in report["settings"]]
@@ -168,6 +169,7 @@ def test_without_held_out_rows_the_losses_are_null(world, tmp_path):
     assert report == result.report
     text = (tmp_path / "out" / "report.html").read_text()
     assert "No rows were held out" in text
+    assert "24 used, none held out" in text
     assert "class=held" not in text
 
 

@@ -6,6 +6,7 @@ Rules of thumb, ours; their thresholds are named here. Nothing is said where not
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -43,10 +44,12 @@ def _course(
         )
     clip = settings.get("clip_norm") or 0
     clipped = sum(line["grad_norm"] > clip for line in steps) / len(steps) if clip and steps else 0
-    if clipped > CLIPPED and len(steps) >= 10:
+    back = [after[0] for before, after in pairwise(held) if after[1] > before[1]]
+    if clipped > CLIPPED and len(steps) >= 10 and back:  # AdamW alone makes nothing of a gradient that is always cut
         yield (
             f"Try a lower learning rate: --lr {settings['lr'] / 2:.1g}",
-            f"In {clipped:.0%} of the steps the gradient was cut to norm {clip:g}: training is rough.",
+            f"In {clipped:.0%} of the steps the gradient was cut to norm {clip:g}, and the held-out loss went up again "
+            f"at step {back[0]:,}: training is rough.",
         )
     if len(held) < 2 or not steps:
         return

@@ -46,7 +46,7 @@ def verdict(report: dict[str, Any]) -> tuple[str, str]:
     told = f"held-out loss went from {report['base_loss']:.4f} to {report['adapter_loss']:.4f} nats per trained token"
     if gap["low"] is None:
         return "Too few rows to say", f"One row was held out, too few to say whether training helped: {told}."
-    interval = f"difference {gap['mean']:+.4f}, 95 % interval {gap['low']:+.4f} to {gap['high']:+.4f}"
+    interval = f"difference {gap['mean']:+.4f}, 95\N{NO-BREAK SPACE}% interval {gap['low']:+.4f} to {gap['high']:+.4f}"
     told = f"{told[0].upper()}{told[1:]} ({interval})."
     if gap["high"] < 0:
         return f"{tuned} helped", told

@@ -19,7 +19,7 @@ def answers(samples: Sequence[dict[str, str]]) -> str:
         return "<p>None: no rows were held out.</p>"
     note = (
         "<p class=note>The first held-out rows, answered greedily. <mark>Marked</mark> words are not in the right "
-        "answer, <ins>underlined</ins> ones are only there.</p>"
+        "answer, <ins>underlined</ins> ones are missing: only the right answer has them.</p>"
     )
     return note + "".join(map(_sample, samples))
 
@@ -77,9 +77,11 @@ def trained_on(report: dict[str, Any]) -> str:
 def data_found(report: dict[str, Any]) -> str:
     """Rows by length, how much of them is trained, and what was odd."""
     data, lengths = report["data"], report["findings"]["lengths"]
+    where = "evaluated on, from other files" if report["trained"]["eval"] else "of them held out"
+    held = f"; {data['held_out']:,} {where}" if data["held_out"] else ", none held out"
     share = data["trained_tokens"] / data["tokens"] if data["tokens"] else 0.0
     facts = [
-        ("rows", f"{data['rows']:,}, {data['used']:,} used, {data['held_out']:,} held out"),
+        ("rows", f"{data['rows']:,}, {data['used']:,} used{held}"),
         ("tokens", f"{data['tokens']:,}"),
         ("trained share", f"{share:.1%} of the tokens ({data['trained_tokens']:,})"),
         ("length", f"{lengths['shortest']:,} to {lengths['longest']:,} tokens, median {lengths['median']:,}"),
@@ -118,7 +120,7 @@ def costs(report: dict[str, Any]) -> str:
         ),
     ]
     return (
-        "<table class=num><thead><tr><th></th><th>predicted</th><th>measured</th><th>off by</th></tr></thead>"
+        "<table class='num short'><thead><tr><th></th><th>predicted</th><th>measured</th><th>off by</th></tr></thead>"
         f"<tbody>{body}</tbody></table>{fact_table(more)}"
     )
 
@@ -149,7 +151,8 @@ def settings(report: dict[str, Any]) -> str:
         for name, entry in report["settings"].items()
     )
     chosen = (
-        "<details class=more open><summary>Settings, each with where it came from</summary><table class=num>"
+        "<details class=more open><summary>Settings, each with where it came from</summary>"
+        "<table class='num settings'>"
         "<thead><tr><th>setting</th><th>value</th><th>from</th></tr></thead>"
         f"<tbody>{rows}</tbody></table></details>"
     )
