@@ -12,8 +12,8 @@ import numpy as np
 from lorafit.adapter.attach import adapted_layers
 from lorafit.config import Resolved, TrainConfig
 from lorafit.data.batch import Pack, pack_rows
+from lorafit.job import prepare
 from lorafit.model.load import frozen_weights
-from lorafit.run import prepare
 from lorafit.training.finite import sums_finite
 from lorafit.training.loop import step_rows
 from lorafit.training.optim import clip_gradient, make_optimizer, optimizer_tensors

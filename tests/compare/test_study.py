@@ -16,7 +16,7 @@ from lorafit.config import TrainConfig, read_yaml
 from lorafit.errors import MemoryLimitError
 from lorafit.evaluate.heldout import held_out
 from lorafit.inputs import read_rows
-from lorafit.run import read_input
+from lorafit.job import read_input
 from lorafit.tuned import reopen
 
 FLAGS = ["--max-steps", 4, "--batch-size", 4, "--threads", 1, "--save-every", 2, "--compute", "fp32", "--rank", 4]

@@ -23,9 +23,9 @@ from lorafit.data.tokens import TokenRow
 from lorafit.errors import ConfigError, MemoryLimitError, ResumeError
 from lorafit.formats.folders import make_folder, write_text_atomically
 from lorafit.inputs import read_rows
+from lorafit.job import Input, read_input
 from lorafit.kernels import native
 from lorafit.model.load import context_of
-from lorafit.run import Input, read_input
 
 FILE = "compare.yaml"
 METHODS = ("lora", "full")
