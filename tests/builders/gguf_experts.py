@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from builders.gguf_files import _add, _interleaved
+from builders.gguf_linear import KINDS as LINEAR
+from builders.gguf_linear import converted, linear_metadata
 from builders.tokenizers_tiny import tiny_gguf_metadata
 
 ARCHITECTURES = {
@@ -24,13 +26,17 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "olmoe": "olmoe",
     "granitemoe": "granitemoe",
+    "qwen3_next": "qwen3next",
+    "qwen3_5_moe_text": "qwen35moe",
 }
 
 
-def write_moe_gguf(path: Path, model: PreTrainedModel, tensor_type: str = "F32", **changes: Any) -> Path:
+def write_moe_gguf(
+    path: Path, model: PreTrainedModel, tensor_type: str = "F32", *, fused: bool = False, **changes: Any
+) -> Path:
     """The model as a GGUF file with matrices of this type, where their rows divide into its blocks; else F16.
 
-    changes: metadata keys to change, without the architecture; None takes one away.
+    fused: gate and up in one tensor. changes: metadata keys to change, without the architecture; None takes one away.
     """
     kind = model.config.model_type
     arch = ARCHITECTURES[kind]
@@ -41,11 +47,16 @@ def write_moe_gguf(path: Path, model: PreTrainedModel, tensor_type: str = "F32",
         _add(writer, key, value)
     (named,) = (one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(named, model.config.num_hidden_layers)
-    for name, values in _tensors(model):
+    changed = (
+        (told, torch.from_numpy(array))
+        for name, values in _tensors(model, fused)
+        for told, array in converted(name, values.numpy(), model.config)
+    )
+    for name, values in changed:
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found, f"{name} has no name in {arch}"
         array = values.contiguous().numpy()
-        small = array.ndim == 1 or "ffn_gate_inp" in found or not found.endswith(".weight")
+        small = array.ndim == 1 or not found.endswith(".weight") or "ffn_gate_inp" in found or "conv1d" in found
         own = GGMLQuantizationType["F32" if small else tensor_type]
         if array.shape[-1] % gguf.GGML_QUANT_SIZES[own][0]:
             own = GGMLQuantizationType.F16
@@ -57,7 +68,7 @@ def write_moe_gguf(path: Path, model: PreTrainedModel, tensor_type: str = "F32",
     return path
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def _tensors(model: PreTrainedModel, fused: bool) -> Iterator[tuple[str, Tensor]]:
     config, kind = model.config, model.config.model_type
     last = kind in ("gpt_oss", "llama4_text")
     for name, parameter in model.state_dict().items():
@@ -68,7 +79,9 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if kind in ("mixtral", "granitemoe") and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
             values = torch.from_numpy(_interleaved(values.numpy(), heads))
-        if name.endswith((".experts.gate_up_proj", ".experts.gate_up_proj_bias")):
+        if fused and name.endswith(".experts.gate_up_proj"):
+            yield f"{name}.weight", values
+        elif name.endswith((".experts.gate_up_proj", ".experts.gate_up_proj_bias")):
             bias = name.endswith("_bias")
             if last and not bias:
                 values = values.transpose(1, 2)
@@ -97,7 +110,7 @@ def _metadata(model: PreTrainedModel) -> dict[str, Any]:
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
+        "feed_forward_length": getattr(config, "intermediate_size", None),
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": head_dim,
@@ -107,10 +120,11 @@ def _metadata(model: PreTrainedModel) -> dict[str, Any]:
         "expert_count": getattr(config, "num_local_experts", None) or config.num_experts,
         "expert_used_count": config.num_experts_per_tok,
     }
-    if kind in ("qwen3_moe", "qwen2_moe"):
+    if kind in ("qwen3_moe", "qwen2_moe", *LINEAR):
         found["expert_feed_forward_length"] = config.moe_intermediate_size
-    if kind == "qwen2_moe":
+    if kind in ("qwen2_moe", *LINEAR):
         found["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    found |= linear_metadata(config)
     if kind == "granitemoe":
         found |= {
             "attention.scale": config.attention_multiplier,

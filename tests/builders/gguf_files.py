@@ -17,10 +17,12 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from transformers import PreTrainedModel
 
+from builders.gguf_linear import converted, linear_metadata
+
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3",
     "granite": "granite", "smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3", "olmo2": "olmo2",
-    "olmo3": "olmo2",
+    "olmo3": "olmo2", "qwen3_5_text": "qwen35",
 }  # fmt: skip
 INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 
@@ -87,7 +89,7 @@ def _model_metadata(model: PreTrainedModel, arch: str) -> dict[str, Any]:
         metadata["attention.sliding_window_pattern"] = config.layer_types.index("full_attention") + 1
         if config.final_logit_softcapping:
             metadata["final_logit_softcapping"] = config.final_logit_softcapping
-    metadata |= _own_metadata(config, arch)
+    metadata |= _own_metadata(config, arch) | linear_metadata(config)
     return {f"{arch}.{key}": value for key, value in metadata.items()}
 
 
@@ -137,7 +139,8 @@ def _file_tensors(model: PreTrainedModel, arch: str) -> dict[str, np.ndarray]:
             values = _interleaved(values, config.num_key_value_heads)
         if arch == "gemma3" and name.endswith("norm.weight"):
             values = values + np.float32(1)
-        tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))] = values
+        for told, changed in converted(name, values, config):
+            tensors[names.get_name(told, try_suffixes=(".weight", ".bias"))] = changed
     rope = config.rope_parameters
     if rope.get("rope_type") == "llama3":
         used = model.model.rotary_emb.inv_freq.numpy()

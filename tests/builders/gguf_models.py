@@ -12,6 +12,7 @@ from builders.gguf_files import ARCHITECTURES, write_tiny_gguf
 from builders.tokenizers_tiny import tiny_gguf_metadata
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_config import hf_config
+from lorafit.formats.gguf_linear import arrange
 from lorafit.formats.names import entries
 
 GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
@@ -29,7 +30,7 @@ def from_gguf(file: GgufFile) -> PreTrainedModel:
     """transformers' model, built and filled from the file."""
     config = AutoConfig.for_model(**hf_config(file))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    state = {name: entry.load(file) for name, entry in entries(file).items()}
+    state = {name: entry.load(file) for name, entry in arrange(entries(file), hf_config(file), file.path).items()}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True)

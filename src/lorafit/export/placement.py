@@ -44,6 +44,9 @@ def placement(path: Path, source: WeightSource) -> Placement:
 
     Raises ModelError for a model type that has no GGUF architecture here.
     """
+    if "linear_num_key_heads" in source.config:
+        what = "has linear attention, whose adapters are not written to GGUF yet"
+        raise ModelError(source.place, what, "export to peft, or merge to a folder")
     if path.is_file():
         gguf = read_gguf(path)
         return Placement(architecture_of(gguf), entries(gguf))
@@ -71,8 +74,7 @@ def placement(path: Path, source: WeightSource) -> Placement:
         if name in by_name:
             tensor = by_name[name]
             interleaved = _heads(source.config).get(tensor.split(".")[-2], 0) if family.interleaved else 0
-            plus = 1.0 if family.norms_plus_one and name.endswith("norm.weight") else 0.0
-            found[name] = Entry(tensor, shape, interleaved, plus)
+            found[name] = Entry(tensor, shape, interleaved, family.plus(tensor.split(".")[-2]))
     return Placement(architecture, found)
 
 

@@ -13,8 +13,10 @@ import numpy as np
 
 from lorafit.formats.gguf import GgufFile
 from lorafit.formats.gguf_experts import YARN, with_experts
+from lorafit.formats.gguf_linear import with_linear
 from lorafit.formats.names import ROPE_FACTORS, architecture_of, count, family_of, fault, layer_count
 
+LINEAR_ATTENTION = ("qwen3next", "qwen35", "qwen35moe")
 UNSUPPORTED = "use another model"
 TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 MAX_CONTEXT = 1 << 31  # tokens
@@ -33,7 +35,7 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
     hidden, heads = count(gguf, key("embedding_length")), count(gguf, key("attention.head_count"))
     kv_heads = count(gguf, key("attention.head_count_kv"), heads)
     for name, total, parts in (("head_count", hidden, heads), ("head_count_kv", heads, kv_heads)):
-        if total % parts:
+        if total % parts and not (name == "head_count" and architecture in LINEAR_ATTENTION):
             raise fault(gguf, key(f"attention.{name}"), f"is {parts}, which does not divide {total}")
     if "token_embd.weight" not in gguf.tensors:
         raise fault(gguf, "token_embd.weight", "is missing", "the file holds no whole model")
@@ -42,7 +44,7 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
         "model_type": family_of(gguf).model_type,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": count(gguf, key("feed_forward_length")),
+        "intermediate_size": count(gguf, key("feed_forward_length"), _no_dense_layers(gguf, architecture)),
         "num_hidden_layers": layer_count(gguf, architecture),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -58,9 +60,15 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
     if architecture in ("llama", "granite", "smollm3"):
         config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
     own = {"gemma3": _gemma3, "granite": _granite, "granitemoe": _granite, "mistral3": _mistral3, "olmo2": _olmo2,
-           "phi3": _phi3}.get(architecture)  # fmt: skip
+           "phi3": _phi3, **dict.fromkeys(LINEAR_ATTENTION, with_linear)}.get(architecture)  # fmt: skip
     more = {"no_rope_layer_interval": NO_ROPE_EVERY} if architecture == "smollm3" else {}
     return with_experts(gguf, architecture, config | more | (own(gguf, config) if own else {}))
+
+
+def _no_dense_layers(gguf: GgufFile, architecture: str) -> int | None:
+    """What stands for the width of dense layers in a file that has none and need not say it."""
+    key = f"{architecture}.expert_feed_forward_length"
+    return gguf.value(key, int, None) if architecture == "qwen35moe" and key in gguf.metadata else None
 
 
 def _granite(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def _head_dim(gguf: GgufFile, usual: int) -> int:
     if architecture == "deepseek2":  # the part that is rotated; the rest of its heads is another matter
         return count(gguf, "deepseek2.rope.dimension_count")
     head_dim = count(gguf, f"{architecture}.attention.key_length", usual)
-    partly = ("rope.dimension_count",) if architecture != "phi3" else ()
+    partly = ("rope.dimension_count",) if architecture not in ("phi3", *LINEAR_ATTENTION) else ()
     for name in ("attention.value_length", *partly):
         value = count(gguf, f"{architecture}.{name}", head_dim)
         if value != head_dim:

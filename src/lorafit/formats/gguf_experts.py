@@ -5,7 +5,7 @@
     blk.3.attn_k_b.weight, blk.3.attn_v_b.weight            self_attn.kv_b_proj.weight, joined, the first transposed
 
 Rows of experts are used as they lie; what is joined has to be unpacked. Sources: llama.cpp's loaders and conversions of
-`qwen3moe`, `llama`, `gpt-oss`, `llama4`, `deepseek2`, `qwen2moe`, `olmoe` and `granitemoe`.
+`qwen3moe`, `llama`, `gpt-oss`, `llama4`, `deepseek2`, `qwen2moe`, `olmoe`, `granitemoe`, `qwen3next`, `qwen35moe`.
 """
 
 from __future__ import annotations
@@ -93,18 +93,22 @@ def _partner(gguf: GgufFile, entries: Mapping[str, Entry], entry: Entry, name: s
 
 def stacks_of(gguf: GgufFile, entries: Mapping[str, Entry | Joined]) -> dict[str, Stack]:
     """The stacks of experts, by their parameter's name. Raises ModelError where gate and up do not fit."""
-    alternate, found = family_of(gguf).gates_alternate, {}
+    alternate = family_of(gguf).gates_alternate
+    found: dict[str, Stack] = {}
     shapes = {name: entry.shape for name, entry in entries.items()}
     for name, entry in entries.items():
         if name.endswith(".experts.down_proj"):
             gate, up = (name.replace(".down_proj", f".{part}_proj") for part in ("gate", "up"))
+            whole = name.replace(".down_proj", ".gate_up_proj")
+            if whole in entries:
+                found |= {one: stack([[one]], shapes, entry.shape[0]) for one in (whole, name)}
+                continue
             for part in (gate, up):
                 if part not in shapes:
                     raise fault(gguf, entry.tensor, f"stands without {part}", "the file is incomplete")
             if not len(entry.shape) == 3 or shapes[gate] != shapes[up] or len(shapes[gate]) != 3:
                 raise fault(gguf, entry.tensor, f"has shape {list(entry.shape)} beside {list(shapes[gate])}")
             experts = entry.shape[0]
-            whole = name.replace(".down_proj", ".gate_up_proj")
             found[whole] = stack([[gate], [up]], shapes, experts, interleaved=alternate)
             found[name] = stack([[name]], shapes, experts)
     return found
@@ -124,6 +128,7 @@ def with_experts(gguf: GgufFile, architecture: str, config: dict[str, Any]) -> d
     """The configuration with what the file says of experts, and of the rest of these families."""
     own = {"qwen3_moe": _qwen3, "mixtral": _mixtral, "gpt_oss": _gpt_oss, "llama4_text": _llama4}
     own |= {"deepseek_v3": _deepseek, "qwen2_moe": _qwen2, "olmoe": _olmoe, "granitemoe": _granite}
+    own |= {"qwen3_next": _qwen3_next, "qwen3_5_moe_text": _qwen35}
     kind = config["model_type"]
     return config if kind not in own else config | own[kind](gguf, f"{architecture}.{{}}".format, config)
 
@@ -149,6 +154,18 @@ def _qwen2(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
         "norm_topk_prob": False,
         "qkv_bias": config["attention_bias"],
     }
+
+
+def _qwen35(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **_counts(gguf, key, "num_experts"),
+        "moe_intermediate_size": count(gguf, key("expert_feed_forward_length")),
+        "shared_expert_intermediate_size": count(gguf, key("expert_shared_feed_forward_length")),
+    }
+
+
+def _qwen3_next(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
+    return _qwen3(gguf, key, config) | _qwen35(gguf, key, config)
 
 
 def _olmoe(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,7 @@ EXPERTS = {
     "ffn_up_exps": "mlp.experts.up_proj",
     "ffn_down_exps": "mlp.experts.down_proj",
 }
+FUSED_EXPERTS = {"ffn_gate_up_exps": "mlp.experts.gate_up_proj"}
 DENSE = ("ffn_gate", "ffn_up", "ffn_down")
 GPT_OSS = {
     "ffn_gate_inp": "mlp.router",
@@ -80,6 +81,21 @@ DEEPSEEK2 = {
     "exp_probs_b": "mlp.gate.e_score_correction",
     **{f"ffn_{matrix}_shexp": f"mlp.shared_experts.{matrix}_proj" for matrix in ("gate", "up", "down")},
 }
+LINEAR = {  # see gguf_linear.py
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_dt": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+}
+LINEAR_NEXT = {
+    "ssm_in": "linear_attn.in_proj_qkvz",  # of older files, in transformers' order
+    "ssm_ba": "linear_attn.in_proj_ba",
+}
+LINEAR_35 = {"ssm_alpha": "linear_attn.in_proj_a", "ssm_beta": "linear_attn.in_proj_b"}
 ROPE_FACTORS = "rope_freqs.weight"
 MAX_WIDTH = 1 << 20  # features, heads, layers
 
@@ -100,11 +116,17 @@ class Family:
     gates_alternate: bool = False
     """transformers interleaves the rows of experts' gate and up."""
 
+    def plus(self, module: str) -> float:
+        """What the file's values of this GGUF module are larger by."""
+        return 1.0 if self.norms_plus_one and module.endswith("norm") and module != "ssm_norm" else 0.0
+
 
 def _without(names: dict[str, str], *left_out: str) -> dict[str, str]:
     return {ours: theirs for ours, theirs in names.items() if ours not in left_out}
 
 
+HYBRID = _without(LAYER, "ffn_norm") | HEAD_NORMS | LINEAR
+HYBRID_EXPERTS = _without(HYBRID, *DENSE) | EXPERTS | FUSED_EXPERTS | SHARED_EXPERT
 FAMILIES = {
     "llama": Family("llama", LAYER, interleaved=True),
     "qwen2": Family("qwen2", LAYER),
@@ -127,6 +149,9 @@ FAMILIES = {
     ),
     "llama4": Family("llama4_text", LAYER | LLAMA4, experts_last=True),
     "deepseek2": Family("deepseek_v3", LAYER | EXPERTS | DEEPSEEK2),
+    "qwen3next": Family("qwen3_next", HYBRID_EXPERTS | LINEAR_NEXT, norms_plus_one=True),
+    "qwen35": Family("qwen3_5_text", HYBRID | LINEAR_35, norms_plus_one=True),
+    "qwen35moe": Family("qwen3_5_moe_text", HYBRID_EXPERTS | LINEAR_35, norms_plus_one=True),
 }
 MIXTRAL = Family("mixtral", LAYER | EXPERTS, interleaved=True)  # its architecture is `llama`, with experts
 
@@ -177,7 +202,15 @@ def hf_names(architecture: str, n_layers: int) -> dict[str, str]:
     for layer in range(n_layers):
         for gguf_name, name in names.items():
             modules[f"blk.{layer}.{gguf_name}"] = f"model.layers.{layer}.{name}"
-    return {f"{old}.{kind}": _parameter(new, kind) for old, new in modules.items() for kind in ("weight", "bias")}
+    found = {}
+    for old, new in modules.items():
+        if new.endswith(".A_log"):  # which has no suffix, as the next one has no weight
+            found[old] = new
+        elif new.endswith(".dt_bias"):
+            found[f"{old}.bias"] = new
+        else:
+            found |= {f"{old}.{kind}": _parameter(new, kind) for kind in ("weight", "bias")}
+    return found
 
 
 def _parameter(module: str, kind: str) -> str:
@@ -195,11 +228,13 @@ def entries(gguf: GgufFile) -> dict[str, Entry]:
     """
     architecture = architecture_of(gguf)
     family = family_of(gguf)
-    names = hf_names(architecture, layer_count(gguf, architecture))
+    layers = layer_count(gguf, architecture)
+    names = hf_names(architecture, layers)
     heads = {"attn_q": count(gguf, f"{architecture}.attention.head_count")}
     heads["attn_k"] = count(gguf, f"{architecture}.attention.head_count_kv", heads["attn_q"])
     rotary = architecture in ("llama", "llama4")
-    stored = [t for t in gguf.tensors.values() if not (t.name == ROPE_FACTORS and rotary)]
+    ahead = tuple(f"blk.{layer}." for layer in range(layers, layers + _ahead(gguf, architecture)))
+    stored = [t for t in gguf.tensors.values() if not ((t.name == ROPE_FACTORS and rotary) or t.name.startswith(ahead))]
     unknown = [tensor.name for tensor in stored if tensor.name not in names]
     if unknown:
         raise Faults([fault(gguf, name, f"has no place in a {architecture} model") for name in unknown])
@@ -210,8 +245,9 @@ def entries(gguf: GgufFile) -> dict[str, Entry]:
         if interleaved and tensor.shape[0] % (2 * interleaved):
             what = f"has {tensor.shape[0]} rows, which {interleaved} heads of even size do not divide"
             raise fault(gguf, tensor.name, what)
-        plus = 1.0 if family.norms_plus_one and module.endswith("norm") else 0.0
-        found[names[tensor.name]] = Entry(tensor.name, tensor.shape, interleaved, plus)
+        one_row = module == "ffn_gate_inp_shexp" and len(tensor.shape) == 1  # llama.cpp drops last dimensions of 1
+        shape = (1, *tensor.shape) if one_row else tensor.shape
+        found[names[tensor.name]] = Entry(tensor.name, shape, interleaved, family.plus(module))
     return found
 
 
@@ -258,5 +294,14 @@ def count(gguf: GgufFile, key: str, default: int | None = None, most: int = MAX_
 
 
 def layer_count(gguf: GgufFile, architecture: str) -> int:
-    """Layers, of which there are no more than tensors: names and work follow from this number."""
-    return count(gguf, f"{architecture}.block_count", most=len(gguf.tensors))
+    """Layers, of which there are no more than tensors: names and work follow from this number. Blocks behind them
+    predict further tokens ahead, and are not read."""
+    return count(gguf, f"{architecture}.block_count", most=len(gguf.tensors)) - _ahead(gguf, architecture)
+
+
+def _ahead(gguf: GgufFile, architecture: str) -> int:
+    key = f"{architecture}.nextn_predict_layers"
+    found, blocks = gguf.value(key, int, 0), count(gguf, f"{architecture}.block_count", most=len(gguf.tensors))
+    if not 0 <= found < blocks:
+        raise fault(gguf, key, f"is {found} of {blocks} blocks")
+    return found

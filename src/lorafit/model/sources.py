@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import ModelError
-from lorafit.formats import bitsandbytes, gguf_config, gguf_experts, names, place, stacks
+from lorafit.formats import bitsandbytes, gguf_config, gguf_experts, gguf_linear, names, place, stacks
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_tokenizer import from_gguf
 from lorafit.formats.safetensors import BYTES, Shards, open_folder
@@ -141,7 +141,8 @@ class GgufSource(WeightSource):
         self.place = str(path)
         self._gguf: GgufFile = read_gguf(path)
         self.config = gguf_config.hf_config(self._gguf)
-        self._entries = gguf_experts.join(self._gguf, names.entries(self._gguf))
+        entries = gguf_linear.arrange(names.entries(self._gguf), self.config, path)
+        self._entries = gguf_experts.join(self._gguf, entries)
         self.stacks = gguf_experts.stacks_of(self._gguf, self._entries)
         self.shapes = gguf_experts.shapes_of(self._gguf, self._entries, self.stacks)
         self.packs = True
