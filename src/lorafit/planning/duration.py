@@ -28,6 +28,7 @@ DECODED = 64  # tokens of each sample in the report
 SAMPLES = 2  # times that they are made: base and adapter
 DECODE_LAYER = 0.8e-3  # seconds of calls in a layer for one more token (measured)
 DECODE_ADAPTER = 0.5e-3  # the same of a layer's adapters (measured)
+DORA = 1.7  # times LoRA's layers: transformers' own, with the norm of every whole matrix (measured on SmolLM2)
 LOAD = 0.4  # seconds to build a model however small it is (measured)
 TOKEN = 8e-6  # seconds to hash a token of the vocabulary for the run's identity (measured)
 REPORT = 0.3  # seconds: fingerprint, adapter, pages
@@ -69,7 +70,7 @@ class Clock:
 
     def pack(self, pack: Pack, trains: bool = True) -> float:
         """Seconds of one pack; trains: with the way back."""
-        total = pack.trained * self._head() * (0.55 if not trains else 1.5 if self.use.full else 1.0)
+        total = pack.trained * self._head() * (0.55 if not trains else 1.5 if self.use.full or self.use.whole else 1.0)
         for index, layer in enumerate(self.model.layers):
             there, back, fixed = self._layer(layer, pack.length)
             again = there if index < self.use.checkpointed else 0.0
@@ -102,6 +103,8 @@ class Clock:
                 total += matrix.weights * 1.2e-9  # read and written once
                 total += matrix.weights * self.speeds.unpack(matrix.format) if self.model.quantised else 0.0
                 total += matrix.weights * self.speeds.quantise(self.use.base) if self.use.base in ("nf4", "int8") else 0
+        if self.use.pissa:
+            total += self.speeds.start() * sum(m.weights for m in self.model.adapted(self.use.targets))
         return total
 
     def samples(self, work: Work) -> float:
@@ -165,7 +168,8 @@ class Clock:
         for matrix in layer.matrices:
             form = self._form(matrix.format, matrix.columns)
             fixed += 2 * matrix.weights * self.speeds.unpack(form) if form else 0.0
-        return there, back, fixed
+        slower = DORA if self.use.dora else 1.0
+        return slower * there, slower * back, slower * fixed
 
     def _form(self, form: str, columns: int) -> str | None:
         """The format that a layer's matrix is unpacked from just before its product; None: it is not."""

@@ -111,9 +111,9 @@ def predict(model: Outline, use: Use, *, libraries: int, data: int) -> Memory:
     first = Memory(
         {**held, "weights_mapped": parts["weights_mapped"], "loading": loading(model, use.base, use.compute)}
     )
-    moment = casts(model, use)
-    if use.full:  # weights are saved as they lie; embedding and head have one more gradient for a moment
-        moment = 4 * max(m.weights for m in model.ends)
+    moment = casts(model, use) if not use.full else 0  # weights are saved as they lie
+    trained = model.ends if use.full else whole(model, use)
+    moment += 4 * max((m.weights for m in trained), default=0)  # embedding and head have one more gradient for a moment
     later = Memory({**held, "libraries": libraries + WARM[use.compute], **parts, "moment": moment})
     return max(later, first, key=lambda one: one.total)
 

@@ -26,6 +26,7 @@ from lorafit import machine
 from lorafit.adapter.dropout import PlacedDropout
 from lorafit.adapter.group import Group
 from lorafit.adapter.lora import LoraAdapter, LoraLinear
+from lorafit.adapter.variants.svd import leading_pair
 from lorafit.data.cache import folder_of
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenLinear
@@ -36,6 +37,7 @@ from lorafit.kernels.layer import entropy
 from lorafit.kernels.product import product
 
 TIMES = 5
+SQUARE = 768  # rows and columns of the matrix that PiSSA's start is measured on
 WEIGHTS = 1 << 22  # of a product that is measured; wider ones are taken as so many times as long
 WORK = 3 * 10**9  # multiplications of one measured call at most
 TOKENS = 1024  # at which products are measured: a pack's, so that what leaves the cache there leaves it here
@@ -137,6 +139,15 @@ class Speeds:
     def overhead(self, rank: int) -> float:
         """Seconds that a layer takes there and back however few its tokens: calls, casts, small tensors."""
         return self.of(f"overhead r{rank}", lambda: 4 * _overhead(rank, self.dtype))
+
+    def start(self) -> float:
+        """Seconds a weight to find the largest singular part of a matrix, as PiSSA starts."""
+        return self.of("start", _start)
+
+
+def _start() -> float:
+    matrix, generator = torch.randn(SQUARE, SQUARE), torch.Generator().manual_seed(0)
+    return _usual(lambda: leading_pair(matrix, 16, generator)) / matrix.numel()
 
 
 def _file(threads: int) -> Path | None:
