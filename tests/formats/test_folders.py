@@ -279,6 +279,14 @@ def test_make_folder_makes_what_is_missing(tmp_path):
     assert (tmp_path / "a" / "b" / "c").is_dir()
 
 
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
+    """A path below a file: the file is what stands in the way, and it stays as it was."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="file: is no folder; name another path"):
+        commit(tmp_path / "file" / "below", lambda folder: None)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_file_is_whole_or_absent_wherever_the_process_dies(tmp_path):
     """Killed before each file operation, the name stands for the whole file or nothing; what `write` raises leaves
     nothing behind, and the next try heals."""

@@ -106,8 +106,11 @@ def refusals(path: Path) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder and its parents, each held by the disk: a synced file in a lost folder is lost."""
+    """The folder and its parents, each held by the disk: a synced file in a lost folder is lost. Raises
+    ConfigError, OSError."""
     if not folder.is_dir():
+        if folder.exists():
+            raise ConfigError(str(folder), "is no folder", "name another path")
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync(folder.parent)
