@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from lorafit import console
+from lorafit.errors import ConfigError
 
 ODD = "[bold]x[/] :memo: \\[red] {'a': 1} " + "long " * 60 + "日本"
 
@@ -88,3 +91,19 @@ def test_facts_are_lines_or_json(capsys):
     assert [len(line) - len(line.lstrip()) for line in lines] == [0, 0, 2, 2, 4, 0]
     console.facts(found, as_json=True)
     assert capsys.readouterr().out == '{"kind": "model", "bytes": {"F32": 12, "inner": {"a": [1, 2]}}, "empty": []}\n'
+
+
+def test_standard_input_that_is_closed_has_no_lines(monkeypatch):
+    """`lorafit chat <&-`: Python has no standard input then."""
+    monkeypatch.setattr("sys.stdin", None)
+    assert list(console.lines("> ")) == []
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_that_is_not_utf_8_is_one_line(errors, monkeypatch):
+    """In either way that a locale has Python read it; the lines before it were given."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hi\n" * 9000 + b"caf\xe9\n"), "utf-8", errors))
+    lines = console.lines("> ")
+    assert next(lines) == "Hi"
+    with pytest.raises(ConfigError, match=r"standard input: is not UTF-8: .*; send it as UTF-8"):
+        list(lines)

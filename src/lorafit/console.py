@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from lorafit.errors import ConfigError
+
 _err = Console(stderr=True, soft_wrap=True)
 _out = Console(soft_wrap=True)
 # Control characters of the user's data as their pictures, since a terminal would obey them.
@@ -73,9 +75,17 @@ def piece(text: str) -> None:
 
 def lines(prompt: str) -> Iterator[str]:
     """Lines of standard input that say something, until it ends. A person sees the prompt and can edit the line;
-    Ctrl-C drops the line, and on an empty one, the second time, ends them as Ctrl-D does."""
+    Ctrl-C drops the line, and on an empty one, the second time, ends them as Ctrl-D does. Raises ConfigError."""
+    if sys.stdin is None:  # closed by whoever started this
+        return
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
+        try:
+            for line in sys.stdin:
+                line.encode()  # in some locales bytes that are no UTF-8 arrive as halves of surrogate pairs
+                if line.strip():
+                    yield line.strip()
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
+            raise ConfigError("standard input", f"is not UTF-8: {error.reason}", "send it as UTF-8") from None
         return
     with suppress(ImportError):
         import readline  # noqa: F401  (line editing and history for input)
