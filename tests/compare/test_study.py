@@ -181,3 +181,16 @@ def test_adapter_settings_go_to_lora_alone(tmp_path):
     shared = ["--seed", "3", "--skip-bad-rows", "--eval", "a.jsonl", "--eval", "b.jsonl"]
     assert full == ["m", "d", "--out", str(tmp_path / "full"), "--method", "full", "--lr", "0.001", *shared]
     assert lora[7:] == ["0.001", "--rank", "8", "--base", "nf4", *shared, "--targets", "q_proj,v_proj"]
+
+
+def test_what_is_wrong_with_a_new_comparison_costs_nothing_of_the_old(world, tmp_path):
+    """--overwrite with bad data, or a file that is not there: the comparison in OUT stays, byte for byte."""
+    out = tmp_path / "out"
+    (out / "lora").mkdir(parents=True)
+    for name in ("compare.yaml", "compare.json", "lora/run.yaml"):
+        (out / name).write_text("old")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    for data in (tmp_path / "bad.jsonl", tmp_path / "nothing.jsonl"):
+        assert run("compare", world.gguf, data, "--out", out, "--overwrite").code == 2
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -64,12 +64,13 @@ class Study:
 
 def compare(study: Study, out: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Run a comparison into `out`, which must be empty or `overwrite`n; compare.json's figures come back."""
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            begun = f"go on with: lorafit compare --resume {out}, or " if (out / FILE).is_file() else ""
-            raise ConfigError("--out", f"{out} is not empty", f"{begun}name another folder, or give --overwrite")
-        _clear(out)
+    full = out.is_dir() and any(out.iterdir())
+    if full and not overwrite:
+        begun = f"go on with: lorafit compare --resume {out}, or " if (out / FILE).is_file() else ""
+        raise ConfigError("--out", f"{out} is not empty", f"{begun}name another folder, or give --overwrite")
     reads = _read(study)
+    if full:  # only now: what is wrong with the new one costs nothing of the old
+        _clear(out)
     make_folder(out)
     write_text_atomically(out / FILE, yaml.safe_dump(json.loads(json.dumps(asdict(study))), sort_keys=True))
     return _go(study, reads, out)
