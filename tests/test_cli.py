@@ -325,3 +325,13 @@ def test_resume_takes_the_runs_own_settings_and_no_others(world, tmp_path):
     assert_error(run("train", "--resume", tmp_path), r".*: holds no run.yaml; .*")
     assert_error(run("train", "--resume", tmp_path / "nothing"), r".*nothing: holds no run.yaml; .*")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_reader_that_has_enough_is_no_fault(world):
+    """`lorafit preview ... | head`: what is not read any more is no error, and nothing is said of it."""
+    command = [sys.executable, "-m", "lorafit", "preview", world.model, world.data, "--json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    found = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (found.returncode, found.stderr) == (1, "")  # as click ends such a command

@@ -268,6 +268,7 @@ def test_generate_refuses_in_one_line(world, tmp_path):
         (("--data", long), f"{long}:2: has "),
         (("--prompt", "word " * 300), "--prompt: has "),
         (("--data", text, "--system", "S"), "--system: "),
+        (("--prompt", "caf\udce9"), r"--prompt: is not UTF-8: 'caf\udce9'; give UTF-8"),  # as Python reads the byte E9
         ((*prompt, "--temperature", "nan"), "--temperature: is nan; give 0 or a number above it"),
         ((*prompt, "--temperature", "-1"), "--temperature: is -1.0; "),
         ((*prompt, "--max-tokens", "0"), "lorafit generate: Invalid value for '--max-tokens'"),

@@ -20,7 +20,7 @@ from lorafit.data.chat import encode_prompt
 from lorafit.errors import ConfigError, ModelError
 from lorafit.model.generate import tokens
 from lorafit.model.load import Base
-from lorafit.use import check_temperature, learn_tokens, open_base, put_on, say_template, templated
+from lorafit.use import check_temperature, check_text, learn_tokens, open_base, put_on, say_template, templated
 
 Message = dict[str, Any]
 HELP = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
@@ -100,6 +100,7 @@ def chat(
     if compare and adapter is None:
         raise ConfigError("--compare", "needs an adapter to compare the base with", "give --adapter DIR")
     check_temperature(temperature)
+    check_text("--system", system)
     base = open_base(templated(config, adapter))
     if adapter:
         learn_tokens(base, adapter)

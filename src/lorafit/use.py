@@ -144,6 +144,8 @@ def answer(
     if (prompt is None) == (file is None):
         raise ConfigError("lorafit generate", "needs either --prompt or --data", "give one of them")
     check_temperature(temperature)
+    check_text("--prompt", prompt)
+    check_text("--system", system)
     records = [_prompt(prompt)] if prompt is not None else _questions(str(file))
     if system is not None and any(record.messages is None for record in records):
         raise ConfigError("--system", f"{file} holds text, not conversations", "leave it out")
@@ -218,6 +220,14 @@ def check_temperature(temperature: float) -> None:
     """Raises ConfigError for one that no draw can have."""
     if not 0 <= temperature < math.inf:
         raise ConfigError("--temperature", f"is {temperature}", "give 0 or a number above it")
+
+
+def check_text(option: str, text: str | None) -> None:
+    """Raises ConfigError for what was typed in another encoding than UTF-8."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise ConfigError(option, f"is not UTF-8: {text!r}", "give UTF-8") from None
 
 
 def say_template(tokenizer: TextTokenizer) -> None:

@@ -155,6 +155,9 @@ def test_the_template_that_was_trained_with_goes_along(world, tmp_path):
     assert done.code == 2
     assert "was trained with another chat template than the model has; give the file" in done.err
     assert not (tmp_path / "again").exists()
+    other = save_folder(tiny_model("llama", seed=1), tmp_path / "other")
+    done = run("export", other, adapter, "--to", "peft", "--out", tmp_path / "again")
+    assert "does not belong to this base" in done.err, "another model's template is the lesser fault"
     done = run("export", world / "model", adapter, "--to", "peft", "--out", tmp_path / "again", "--template", template)
     assert done.code == 0, done.err
 

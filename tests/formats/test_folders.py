@@ -170,7 +170,7 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path, size):
 def test_a_place_that_is_no_folder_is_one_line(tmp_path):
     """A file where a parent folder should be is refused with the path."""
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigError, match="file/sub/adapter: cannot be written"):
+    with pytest.raises(ConfigError, match="file: is no folder; name another path"):
         commit(tmp_path / "file" / "sub" / "adapter", writer("new"))
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -130,8 +130,6 @@ def open_model(
     torch.set_num_threads(int(settled.threads or 1))
     tokenizer = source.tokenizer(_template(folders, template))
     tokenizer.add(added)
-    for folder in folders:
-        _check_template(folder, tokenizer)
     if not tokenizer.has_template:
         console.warn(NO_TEMPLATE)
     base = build(source, "packed", torch.float32)
@@ -141,6 +139,7 @@ def open_model(
         detach(base)
         for note in load_adapter(base, folder):
             console.say(f"{folder}: {note}")
+        _check_template(folder, tokenizer)  # after the base: another model's template is the lesser fault
         parts.append(Part(folder, changes(base), low_rank(base)))
         _refuse_nothing(parts[-1])
     return Opened(path, source, Base(base, head_of(base), tokenizer), parts)
