@@ -30,7 +30,7 @@ from lorafit.formats.names import Entry
 
 ROOT = Path(__file__).parent.parent
 F32 = 0.001  # nats; two programs' fp32 sums
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "ministral3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "ministral3", "qwen3_5_text")
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96}
 OWN = {"mistral": {"sliding_window": None}}  # llama.cpp's llama has no window
 

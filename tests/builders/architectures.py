@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from builders.models import COMMON, FAMILIES, LINEAR, MROPE, OWN, YARN, save_folder
+from builders.models import COMMON, FAMILIES, LINEAR, OWN, YARN, save_folder
 from builders.tokenizers_tiny import write_tiny_folder
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -27,13 +27,12 @@ EXPERTS = {
     "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
-    **{name: OWN[name] for name in (*FAMILIES, "ministral3")},
+    **{name: OWN[name] for name in (*FAMILIES, "ministral3", "qwen3_5_text")},
     "llama": {"rope_parameters": LLAMA3_ROPE},
     "ministral": {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     "phi3": {"sliding_window": 6},
     "olmo2": {},
     "olmo3": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
-    "qwen3_5_text": {**LINEAR, "rope_parameters": MROPE},
     "gemma4_text": {
         "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 16, "sliding_window": 6,
         "num_global_key_value_heads": 1, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0,

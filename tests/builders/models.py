@@ -83,6 +83,7 @@ OWN = {
         "norm_topk_prob": True,
     },
     "qwen3_next": {**LINEAR, **SHARED},
+    "qwen3_5_text": {**LINEAR, "rope_parameters": MROPE},
     "qwen3_5_moe_text": {**LINEAR, **SHARED, "rope_parameters": MROPE},
     "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
     "deepseek_v3": {

@@ -39,8 +39,9 @@ def written(model, path):
 
 @pytest.mark.parametrize(
     "family",
-    ["llama", "qwen3", "gemma3_text", "ministral3", "qwen2", "mistral", "smollm3", "granite", "qwen3_moe", "mixtral",
-     "qwen2_moe", "olmoe", "granitemoe", "llama4_text"],
+    ["llama", "qwen3", "gemma3_text", "ministral3", "qwen2", "mistral", "smollm3", "granite", "qwen3_5_text",
+     "qwen3_moe", "mixtral",
+     "qwen2_moe", "olmoe", "granitemoe", "llama4_text", "qwen3_5_moe_text"],
 )  # fmt: skip
 def test_base_plus_adapter_is_the_merged_file(family, tmp_path):
     """base + alpha / r * lora_b lora_a, tensor by tensor, equals the file that the builder writes of the merged model,
@@ -125,3 +126,17 @@ def test_damaged_files_are_refused(change, said, tmp_path):
     write_gguf(tmp_path / "a.gguf", arch, metadata, plan, lambda tensor: tensors[tensor])
     with pytest.raises(AdapterError, match=said):
         read_gguf_adapter(tmp_path / "a.gguf", where)
+
+
+@pytest.mark.parametrize(
+    ("base", "said"), [("file", "lies in two tensors of GGUF's"), ("folder", "has no name in GGUF's")]
+)
+def test_a_layer_in_two_tensors_is_refused(base, said, tmp_path):
+    """Qwen3-Next's in_proj_qkvz: one line that names it, and no file."""
+    model = tiny_model("qwen3_next")
+    path = write_moe_gguf(tmp_path / "m.gguf", model) if base == "file" else save_folder(model, tmp_path / "model")
+    adapter = write_adapter(path, tmp_path / "adapter")
+    done = run("export", path, adapter, "--to", "gguf", "--out", tmp_path / "a.gguf")
+    assert done.code == 2
+    assert f"linear_attn.in_proj_qkvz: {said} qwen3next files" in done.err
+    assert not (tmp_path / "a.gguf").exists()

@@ -23,7 +23,7 @@ IDS = torch.tensor([[5, 9, 200, 31, 7, 88, 120, 44, 17, 3]])
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "ministral3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "ministral3", "qwen3_5_text"])
 @pytest.mark.parametrize("base", ["folder", "file"])
 def test_f32_is_the_merged_model(family, base, tmp_path):
     """In F32 the file gives the adapted model's logits, from a folder and from a GGUF base, and the same token ids."""

@@ -28,6 +28,7 @@ from lorafit.export.placement import GATE_UP, Placement, placement
 from lorafit.formats import place
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_write import write_gguf
+from lorafit.formats.names import placed
 from lorafit.kernels import ops
 from lorafit.model.sources import open_source
 
@@ -44,9 +45,9 @@ def write_gguf_adapter(
     for layer, (A, B) in updates.items():
         entries = where.of(layer, model)
         for entry, part in zip(entries, B.chunk(len(entries), dim=-2), strict=True):
-            order = entry.row_order()
-            rows = part if order is None else torch.empty_like(part).index_copy_(0, torch.from_numpy(order), part)
-            tensors[f"{entry.tensor}.lora_a"], tensors[f"{entry.tensor}.lora_b"] = A, rows
+            rows, columns = entry.row_order(), entry.column_order()
+            tensors[f"{entry.tensor}.lora_a"] = A if columns is None else placed(A, columns, 1)
+            tensors[f"{entry.tensor}.lora_b"] = part if rows is None else placed(part, rows, 0)
     metadata = {
         "general.type": ("adapter", "string"),
         "general.name": (name, "string"),
@@ -86,8 +87,9 @@ def read_gguf_adapter(path: Path, where: Placement) -> dict[str, LowRank]:
         if A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
             what = f"has halves of shapes {list(A.shape)} and {list(B.shape)}"
             raise AdapterError(place(path, base), what, "convert the adapter again")
-        order = where.entries[names[base]].row_order()
-        B = B if order is None else B[torch.from_numpy(order)]
+        rows, columns = where.entries[names[base]].row_order(), where.entries[names[base]].column_order()
+        A = A if columns is None else A[:, torch.from_numpy(columns)]
+        B = B if rows is None else B[torch.from_numpy(rows)]
         read[names[base].removesuffix(".weight")] = LowRank(A, B * (alpha / A.shape[-2]) if alpha else B)
     return _joined(read, path)
 

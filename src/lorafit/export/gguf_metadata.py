@@ -46,7 +46,7 @@ def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> M
         "block_count": (config["num_hidden_layers"], "uint32"),
         "context_length": (config.get("max_position_embeddings", 2048), "uint32"),
         "embedding_length": (config["hidden_size"], "uint32"),
-        "feed_forward_length": (config["intermediate_size"], "uint32"),
+        "feed_forward_length": (config.get("intermediate_size") or config["moe_intermediate_size"], "uint32"),
         "attention.head_count": (heads, "uint32"),
         "attention.head_count_kv": (kv_heads, "uint32"),
         "attention.key_length": (width, "uint32"),
@@ -56,7 +56,7 @@ def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> M
         "rope.dimension_count": (width, "uint32"),
         "vocab_size": (config["vocab_size"], "uint32"),
     }
-    keys |= _scaling(full) | _experts(config)
+    keys |= _scaling(full) | _experts(config) | _linear(config, rope, width)
     if architecture == "gemma3":
         keys |= _gemma3(config, rope)
     if architecture == "mistral3":
@@ -111,6 +111,25 @@ def _llama4(config: Mapping[str, Any]) -> Metadata:
     return {
         "feed_forward_length": (config["intermediate_size_mlp"], "uint32"),
         "interleave_moe_layer_step": (config["interleave_moe_layer_step"], "uint32"),
+    }
+
+
+def _linear(config: Mapping[str, Any], rope: Mapping[str, Any], width: int) -> Metadata:
+    """Linear attention, and the part of a head that is rotated beside it."""
+    if "linear_num_key_heads" not in config:
+        return {}
+    values, kinds = config["linear_num_value_heads"], config.get("layer_types") or []
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.25))
+    sections = rope.get("mrope_section")
+    return {
+        "ssm.conv_kernel": (config["linear_conv_kernel_dim"], "uint32"),
+        "ssm.state_size": (config["linear_key_head_dim"], "uint32"),
+        "ssm.group_count": (config["linear_num_key_heads"], "uint32"),
+        "ssm.time_step_rank": (values, "uint32"),
+        "ssm.inner_size": (values * config["linear_value_head_dim"], "uint32"),
+        "full_attention_interval": (kinds.index("full_attention") + 1 if "full_attention" in kinds else 4, "uint32"),
+        "rope.dimension_count": (int(width * share), "uint32"),
+        **({"rope.dimension_sections": ([*sections, 0], "array of int32")} if sections else {}),
     }
 
 

@@ -26,10 +26,11 @@ from lorafit.export.placement import GATE_UP, Placement, placement
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_config import hf_config
 from lorafit.formats.gguf_write import fits, rounded, write_gguf
-from lorafit.formats.names import ROPE_FACTORS, Entry
+from lorafit.formats.names import ROPE_FACTORS
 from lorafit.kernels import ops
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers of whole files
+CONVOLUTION = "ssm_conv1d.weight"  # (C, K) in the file, always F32
 TOP = ("token_embd.weight", "output.weight")
 DROPPED = (
     "quantize.",
@@ -59,6 +60,7 @@ class MergedFile:
         plan: dict[str, tuple[tuple[int, ...], str]] = {}
         for tensor in base.tensors if base else by_tensor:
             shape = base.tensors[tensor].shape if base else by_tensor[tensor][1].shape
+            shape = (shape[0], shape[2]) if tensor.endswith(CONVOLUTION) and len(shape) == 3 else shape
             plan[tensor] = (shape, self._format(tensor, shape))
         if extra is not None:
             plan[ROPE_FACTORS] = (extra.shape, "F32")
@@ -77,7 +79,7 @@ class MergedFile:
             if update is not None:
                 values = values + update
                 self.rounding.note(values, torch.from_numpy(rounded(values.numpy(), kind)), update)
-            return to_file(entry, values).numpy()
+            return entry.to_file(values).numpy()
 
         write_gguf(path, self.where.architecture, self._metadata(base), plan, load)
         if base is None:
@@ -100,7 +102,7 @@ class MergedFile:
         return cut(values), None if update is None else cut(update)
 
     def _format(self, tensor: str, shape: tuple[int, ...]) -> str:
-        if len(shape) < 2 or "ffn_gate_inp" in tensor or not tensor.endswith("weight"):
+        if len(shape) < 2 or "ffn_gate_inp" in tensor or tensor.endswith(CONVOLUTION) or not tensor.endswith("weight"):
             return "F32"
         kind = "Q8_0" if self.kind == "Q4_0" and tensor in TOP else self.kind
         return kind if fits(shape, kind) else "F16"
@@ -164,14 +166,6 @@ def _whole(name: str) -> str:
     """The parameter that a GGUF tensor is of: experts' gate and up are one in transformers."""
     module, _, own = name.rpartition(".")
     return f"{module}.gate_up_proj" if own in GATE_UP and module.endswith(".experts") else name
-
-
-def to_file(entry: Entry, values: Tensor) -> Tensor:
-    """A parameter as it stands in the file: its rows in the file's order, its norm's one added."""
-    order = entry.row_order()
-    if order is not None:
-        values = torch.empty_like(values).index_copy_(0, torch.from_numpy(order), values)
-    return (values + entry.plus if entry.plus else values).contiguous()
 
 
 def _bytes(base: GgufFile, tensor: str, kind: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorafit.errors import ModelError
 from lorafit.formats.gguf import read_gguf
+from lorafit.formats.gguf_linear import Gathered, arrange
 from lorafit.formats.names import FAMILIES, Entry, architecture_of, entries, hf_names
 from lorafit.model.sources import WeightSource
 
@@ -35,7 +36,11 @@ class Placement:
         fused = [f"{module}.{name}" for name in GATE_UP] if own == "gate_up_proj" and not alternate else []
         for names in ([f"{path}.weight"], [path], fused):
             if names and all(name in self.entries for name in names):
-                return [self.entries[name] for name in names]
+                found = [self.entries[name] for name in names]
+                if isinstance(found[0], Gathered):
+                    what = f"lies in two tensors of GGUF's {self.architecture} files, which is not written yet"
+                    raise ModelError(f"{place}: {path}", what, "export to peft, or merge to a folder")
+                return found
         raise ModelError(f"{place}: {path}", f"has no name in GGUF's {self.architecture} files", "merge it instead")
 
 
@@ -44,12 +49,9 @@ def placement(path: Path, source: WeightSource) -> Placement:
 
     Raises ModelError for a model type that has no GGUF architecture here.
     """
-    if "linear_num_key_heads" in source.config:
-        what = "has linear attention, whose adapters are not written to GGUF yet"
-        raise ModelError(source.place, what, "export to peft, or merge to a folder")
     if path.is_file():
         gguf = read_gguf(path)
-        return Placement(architecture_of(gguf), entries(gguf))
+        return Placement(architecture_of(gguf), arrange(entries(gguf), source.config, path))
     kind = source.config["model_type"]
     architecture = ALSO.get(kind) or next(
         (name for name, family in FAMILIES.items() if family.model_type == kind), None
@@ -58,7 +60,8 @@ def placement(path: Path, source: WeightSource) -> Placement:
         what = f"{kind!r} has no GGUF architecture that lorafit writes"
         raise ModelError(f"{source.place}: model_type", what, "export to peft, or merge and convert with llama.cpp")
     family = FAMILIES[architecture]
-    by_name = {name: tensor for tensor, name in hf_names(architecture, int(source.config["num_hidden_layers"])).items()}
+    names_of = hf_names(architecture, int(source.config["num_hidden_layers"]))
+    by_name = {name: tensor for tensor, name in names_of.items() if ".ssm_in." not in tensor}  # of older files alone
     found = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in source.shapes.items():
@@ -75,7 +78,7 @@ def placement(path: Path, source: WeightSource) -> Placement:
             tensor = by_name[name]
             interleaved = _heads(source.config).get(tensor.split(".")[-2], 0) if family.interleaved else 0
             found[name] = Entry(tensor, shape, interleaved, family.plus(tensor.split(".")[-2]))
-    return Placement(architecture, found)
+    return Placement(architecture, arrange(found, source.config, path))
 
 
 def _heads(config: Mapping[str, Any]) -> dict[str, int]:

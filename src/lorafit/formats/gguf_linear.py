@@ -75,6 +75,13 @@ class Tiled(Entry):
     def row_order(self) -> np.ndarray | None:
         return self.rows
 
+    def column_order(self) -> np.ndarray | None:
+        return self.columns
+
+    def to_file(self, values: Tensor) -> Tensor:
+        values = super().to_file(values)
+        return -values.exp() if self.log else values.flatten(1) if values.ndim == 3 else values
+
     def matrix(self, gguf: GgufFile) -> Stored | None:
         found, block = super().matrix(gguf), gguf.tensors[self.tensor].type.elements
         if found is None or self.columns is None:
@@ -134,7 +141,7 @@ def arrange(entries: Mapping[str, Entry], config: Mapping[str, Any], path: Path)
         module, linear, own = name.partition(".linear_attn.")
         if not linear:
             continue
-        if own in orders and (entry.shape[0] != len(orders[own]) or len(entry.shape) != 1 + own.endswith(".weight")):
+        if own in orders and entry.shape[0] != len(orders[own]):
             raise _misshaped(path, entry, len(orders[own]))
         rows = orders.get(own) if tiled else None
         if own == "out_proj.weight" and tiled:

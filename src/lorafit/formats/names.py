@@ -174,6 +174,16 @@ class Entry:
             return None
         return np.arange(self.shape[0]).reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
+    def column_order(self) -> np.ndarray | None:
+        """The file's column for each column of the parameter; None where they are the same."""
+        return None
+
+    def to_file(self, values: Tensor) -> Tensor:
+        """The parameter as it stands in the file: rows and columns in the file's order, its norm's one added."""
+        for dim, order in ((0, self.row_order()), (1, self.column_order())):
+            values = values if order is None else placed(values, order, dim)
+        return (values + self.plus if self.plus else values).contiguous()
+
     def stored(self, gguf: GgufFile) -> Stored:
         """The parameter's rows as they lie in the mapped file, in the file's order."""
         tensor = gguf.tensors[self.tensor]
@@ -193,6 +203,11 @@ class Entry:
         if order is not None:
             values = values[torch.from_numpy(order)]
         return values - self.plus if self.plus else values
+
+
+def placed(values: Tensor, order: np.ndarray, dim: int) -> Tensor:
+    """Values in the file's order along `dim`; order: the file's place of each."""
+    return torch.empty_like(values).index_copy_(dim, torch.from_numpy(order), values)
 
 
 def hf_names(architecture: str, n_layers: int) -> dict[str, str]:
