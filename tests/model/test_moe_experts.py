@@ -272,7 +272,11 @@ def test_a_memorised_batch_is_learnt(family, compute, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "mistral4", "gemma4_text"])
+@pytest.mark.parametrize(
+    "family",
+    ["qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "mixtral", "mistral4", "deepseek_v3", "gpt_oss", "llama4_text",
+     "qwen2_moe", "olmoe", "granitemoe", "gemma4_text"],
+)  # fmt: skip
 def test_a_stopped_run_with_experts_resumes_to_the_same_bits(family, tmp_path):
     """Stopped by a signal after step 2 of 5 and resumed from its checkpoint, experts' adapters and AdamW's state end in
     the bits of the undisturbed run."""
