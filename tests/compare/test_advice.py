@@ -54,6 +54,12 @@ def test_the_winner_is_the_intervals(between, words):
     assert words in said(changed(differences={**FOUND["differences"], "full - lora": between}))
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(99, True), (100, False)])
+def test_a_short_comparison_decides_little(steps, warned):
+    """Below 100 steps the learning rate's rule is another one, and which method is ahead may change."""
+    assert ("99 steps are few" in said(changed(steps=steps))) == warned
+
+
 def test_costs_are_told_with_their_figures():
     """Time, memory and disk, each as a factor or a pair of figures."""
     told = said(FOUND)

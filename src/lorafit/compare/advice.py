@@ -7,6 +7,7 @@ from typing import Any
 from lorafit import console
 
 FACTOR = 1.15  # time and memory that count as different
+FEW = 100  # steps below which learning rates differ from those of longer runs ("LoRA Without Regret", 2025)
 
 
 def advice(found: dict[str, Any]) -> list[dict[str, str]]:
@@ -18,6 +19,9 @@ def advice(found: dict[str, Any]) -> list[dict[str, str]]:
             told.append(_say(f"{name} gave no result here.", arm["failure"]))
     if {"lora", "full"} <= methods.keys():
         told += [_quality(found), *_cost(methods["lora"], methods["full"]), *_forgetting(found)]
+        if found["steps"] < FEW:
+            because = f"{found['steps']} steps are few, and the one that is behind may still be falling faster"
+            told.append(_say("Compare again with more steps before you decide.", because))
         if found["sweep"] is None:
             because = "both ran at their rule's learning rate, and a difference may be that of the rates"
             told.append(_say("Run again with --lr-sweep before you rest on a small difference.", because))
