@@ -94,13 +94,14 @@ class ExpertGroup:
         assert isinstance(base, FrozenStack), "experts are frozen stacks"
         self.base: FrozenStack = base
         self.adapter = layer.adapter if isinstance(layer, LoraStack) and layer.enabled else None
+        self.trained = base.trained  # looked up once: a stack may have some weights for each expert
         self.grads: list[Tensor] = []
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """A and B, if there are any, and the stack's own, where they are trained."""
         own = [] if self.adapter is None else [self.adapter.A, self.adapter.B]
-        return own + self.base.trained
+        return own + self.trained
 
     def forward(self, expert: int, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
         """(y (N, O), h = x (s A_e)^T (N, r)) in x's dtype."""
@@ -131,7 +132,7 @@ class ExpertGroup:
         if self.adapter is not None and dh_NR is not None and h_NR is not None:
             self.grads[0][expert] = (dh_NR.T @ x_NI).float() * self.adapter.scale
             self.grads[1][expert] = grad_NO.T @ h_NR
-        if self.base.trained:
+        if self.trained:
             of = {id(parameter): grad for parameter, grad in zip(self.parameters, self.grads, strict=True)}
             for weight, start, stop, columns in self.base.pieces(expert):
                 of[id(weight.master)][start:stop] = grad_NO[:, columns].T @ x_NI

@@ -33,7 +33,7 @@ def save_plain(
     template: str | None,
     texts: Mapping[str, str],
 ) -> None:
-    """Write `tensors`, all of one dtype and under the model's own names, as `folder`, complete or absent.
+    """Write `tensors`, but for buffers of one dtype, under the model's own names, as `folder`, complete or absent.
 
     source: the file or folder that the model came from; a folder's configuration and tokenizer are taken over as they
     are. template: the chat template that goes along, None for none. texts: other files of the folder. An older folder

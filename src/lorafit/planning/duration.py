@@ -190,8 +190,12 @@ class Clock:
         if not self.use.paged or self.model.place is None:
             return 0.0
         layers = sum(matrix.file_bytes for layer in self.model.layers for matrix in layer.matrices)
-        cached = self.model.file_bytes < machine.available_memory()  # dropped pages stay in the system's cache
-        return (2 if trains else 1) * layers * (CACHED if cached else self.speeds.disk(self.model.place))
+        return (2 if trains else 1) * layers * (CACHED if self._stays_cached else self.speeds.disk(self.model.place))
+
+    @cached_property
+    def _stays_cached(self) -> bool:
+        """Whether pages that are dropped stay in the system's cache; asked once, not for each pack."""
+        return self.model.file_bytes < machine.available_memory()
 
     def _unpack_head(self, pack: Pack, trains: bool) -> float:
         head = self.model.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 
 from lorafit.planning.memory import Use, ranks_of, whole
@@ -19,9 +20,7 @@ def adapter_bytes(model: Outline, use: Use) -> int:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape, copies in sorted(_tensors(model, use)):
-        size = 4 * copies
-        for count in shape:
-            size *= count
+        size = 4 * copies * math.prod(shape)
         header[PREFIX + name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
         at += size
     size = len(json.dumps(header, separators=(",", ":")))
