@@ -3,9 +3,10 @@
     python -m benchmarks.experts [--experts 8 32 128] [--active 2 8] [--out experts.md]
 
 A Qwen 3 MoE of two layers with random weights, made on the spot: all of its size is in the experts. Rank 16 on both
-stacks of each layer, one pack of random ids, all trained. Each side stands in a process of its own; memory is what that
-process had most of while it stepped, seen from outside, above what it had loaded. Experts grow with the active ones
-held, and the active ones with the experts held: what a step takes should follow the second alone.
+stacks of each layer, one pack of random ids a step, all trained; other ids each step, since the same would send as many
+tokens to each expert again, and products of known sizes are faster. Each side stands in a process of its own; memory is
+what that process had most of while it stepped, seen from outside, above what it had loaded. Experts grow with the
+active ones held, and the active ones with the experts held: what a step takes should follow the second alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from benchmarks.common import STATUS, arguments, heading, memory, publish, say, spread, table, watch
 from benchmarks.trainee import random_pack
+from lorafit import machine
 
 SIDES = ("lorafit bf16", "lorafit nf4", "peft bf16", "lorafit fp32", "peft fp32")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,7 +44,7 @@ def write_model(folder: Path, experts: int, active: int, hidden: int, inner: int
 
 
 def lorafit_step(job: dict[str, Any]) -> Any:
-    """A function that takes one optimizer step, and returns its loss."""
+    """A function that takes the optimizer step of this number, and returns its loss."""
     from lorafit.adapter.attach import adapted_layers, attach
     from lorafit.model.load import build, head_of
     from lorafit.model.sources import open_source
@@ -54,12 +56,12 @@ def lorafit_step(job: dict[str, Any]) -> Any:
     attach(model, job["rank"], 2 * job["rank"], ["experts"])
     optimizer = make_optimizer([p for _, layer in adapted_layers(model) for p in layer.adapter.parameters()], 0.0)
     optimizer.param_groups[0]["lr"] = 1e-3
-    head, packs = head_of(model), [random_pack(512, 1, job["tokens"])]
+    head = head_of(model)
     model.train()
 
-    def step() -> float:
+    def step(number: int) -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = accumulate(model, head, packs)
+        loss = accumulate(model, head, [random_pack(512, 1, job["tokens"], seed=number)])
         optimizer.step()
         return loss
 
@@ -75,10 +77,10 @@ def peft_step(job: dict[str, Any]) -> Any:
     config = LoraConfig(r=job["rank"], lora_alpha=2 * job["rank"], target_modules=[], target_parameters=TARGETS)
     adapted = get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
-    ids = torch.from_numpy(random_pack(512, 1, job["tokens"]).ids_T)[None]
     adapted.train()
 
-    def step() -> float:
+    def step(number: int) -> float:
+        ids = torch.from_numpy(random_pack(512, 1, job["tokens"], seed=number).ids_T)[None]
         optimizer.zero_grad(set_to_none=True)
         loss = adapted(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -91,11 +93,13 @@ def peft_step(job: dict[str, Any]) -> Any:
 def child(job: dict[str, Any]) -> None:
     """One side: memory when it is loaded, the seconds of each step, the first and last loss."""
     torch.set_num_threads(job["threads"])
+    if job["side"].startswith("lorafit"):
+        machine.bound_primitives()  # as `lorafit train` does
     step = (lorafit_step if job["side"].startswith("lorafit") else peft_step)(job)
     loaded, seconds, losses = memory(), [], []
-    for _ in range(1 + job["repeats"]):
+    for number in range(1 + job["repeats"]):
         began = time.perf_counter()
-        losses.append(step())
+        losses.append(step(number))
         seconds.append(time.perf_counter() - began)
     found = {"loaded": loaded, "seconds": seconds[1:], "losses": [losses[0], losses[-1]]}
     print(json.dumps(found))

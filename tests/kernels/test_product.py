@@ -5,7 +5,7 @@ import torch
 
 from lorafit.kernels import native
 from lorafit.kernels import product as product_module
-from lorafit.kernels.product import by_onednn, product
+from lorafit.kernels.product import by_onednn, product, rounded
 
 
 @pytest.fixture
@@ -67,3 +67,16 @@ def test_follows_from_vendor_and_kernels(monkeypatch, vendor, path, faster):
         assert product_module.onednn_is_faster() is faster
     finally:
         product_module._held_back.cache_clear()
+
+
+def test_rows_are_rounded_to_few_numbers():
+    """In bf16 up to 4,096 rows become one of 28 numbers, at most 15 or a quarter more, and stay it; in fp32, where no
+    code is made for a number of rows, and where few tokens are decoded, they stay as they are."""
+    x = torch.empty(64, 1, dtype=torch.bfloat16)
+    found = [rounded(rows, x) for rows in range(1, 4097)]
+    assert len(set(found)) == 28
+    for rows, more in enumerate(found, start=1):
+        assert rows <= more <= max(rows + 15, rows * 5 // 4)
+        assert rounded(more, x) == more
+    assert rounded(5, x.float()) == 5
+    assert rounded(1, x[:1]) == 1

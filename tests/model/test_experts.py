@@ -101,6 +101,32 @@ def test_adapters_gradients_are_those_of_a_plain_twin(family):
         assert not adapter.B.grad[idle].any()
 
 
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_rows_added_for_speed_change_nothing(family, monkeypatch):
+    """In bf16 each expert's tokens are rounded up with rows of zeros: output and every gradient are those without them,
+    also where a bias makes those rows more than zeros (gpt-oss), but for the order of sums in bf16 (2^-7)."""
+    module = original(family).bfloat16()
+    index, scores = routing(module.num_experts)
+    x, seen = torch.randn(13, 32).bfloat16(), []
+    for round_up in (True, False):
+        if not round_up:
+            monkeypatch.setattr("lorafit.model.experts.rounded", lambda rows, _: rows)
+        block = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": over(module)})})
+        attach(block, rank=3, alpha=6, targets=["experts"])
+        torch.manual_seed(1)
+        for _, layer in adapted_layers(block):
+            layer.adapter.start(torch.Generator().manual_seed(2))
+            nn.init.normal_(layer.adapter.B, std=0.3)
+        inputs, weights = x.clone().requires_grad_(), scores.clone().requires_grad_()
+        out = block["mlp"]["experts"](inputs, index, weights)
+        (out * torch.arange(out.numel()).view_as(out).cos()).sum().backward()
+        trained = [p.grad for p in block.parameters() if p.requires_grad]
+        seen.append([out.detach(), inputs.grad, weights.grad, *trained])
+    assert len(seen[0]) >= 7
+    for padded, plain in zip(*seen, strict=True):
+        assert relative(padded.float(), plain.float()) < 2**-7
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_zero_b_changes_no_bit(dtype):
     """A fresh adapter on experts is the identity, also in bf16; switched off, a trained one is."""

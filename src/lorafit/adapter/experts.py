@@ -3,7 +3,8 @@
     y = x W_e^T + (alpha / r) * x A_e^T B_e^T        A (E, r, I), random    B (E, O, r), zero at the start
 
 Only the experts that tokens were sent to are computed: whoever routes hands over one expert's tokens at a time, and no
-expert's update B_e A_e is ever made. Forward and backward are by hand, as in adapter/group.py.
+expert's update B_e A_e is ever made. Forward and backward are by hand, as in adapter/group.py, but thin products are in
+fp32: for an expert's few tokens bf16 is no faster, and would have too many sizes (kernels/product.py).
 
 Source: Hu et al. 2021, arXiv:2106.09685, section 4.1, expert by expert.
 """
@@ -104,23 +105,21 @@ class ExpertGroup:
         return own + self.trained
 
     def forward(self, expert: int, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(y (N, O), h = x (s A_e)^T (N, r)) in x's dtype."""
+        """(y (N, O) in x's dtype, h = s x A_e^T (N, r) in fp32)."""
         y_NO = x_NI.new_empty(len(x_NI), self.base.out_features)
         self.base.product(expert, x_NI, y_NO)
         if self.adapter is None:
             return y_NO, None
-        A, B = self._matrices(self.adapter, expert, x_NI.dtype)
-        h_NR = x_NI @ A.T
-        return y_NO.addmm_(h_NR, B.T), h_NR
+        h_NR = x_NI.float() @ self.adapter.A[expert].T * self.adapter.scale
+        return y_NO.add_(h_NR @ self.adapter.B[expert].T), h_NR
 
     def backward_input(self, expert: int, grad_NO: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(dx (N, I), dh (N, r)) from dy."""
+        """(dx (N, I) in dy's dtype, s dh (N, r) in fp32) from dy."""
         dx_NI = self.base.backward_input(expert, grad_NO)
         if self.adapter is None:
             return dx_NI, None
-        A, B = self._matrices(self.adapter, expert, grad_NO.dtype)
-        dh_NR = grad_NO @ B
-        return dx_NI.addmm_(dh_NR, A), dh_NR
+        dh_NR = grad_NO.float() @ self.adapter.B[expert] * self.adapter.scale
+        return dx_NI.add_(dh_NR @ self.adapter.A[expert]), dh_NR
 
     def add_grads(
         self, expert: int, grad_NO: Tensor, dh_NR: Tensor | None, x_NI: Tensor, h_NR: Tensor | None
@@ -130,18 +129,14 @@ class ExpertGroup:
         if not self.grads:
             self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]
         if self.adapter is not None and dh_NR is not None and h_NR is not None:
-            self.grads[0][expert] = (dh_NR.T @ x_NI).float() * self.adapter.scale
-            self.grads[1][expert] = grad_NO.T @ h_NR
+            torch.mm(dh_NR.T, x_NI.float(), out=self.grads[0][expert])
+            torch.mm(grad_NO.float().T, h_NR, out=self.grads[1][expert])
         if self.trained:
             of = {id(parameter): grad for parameter, grad in zip(self.parameters, self.grads, strict=True)}
             for weight, start, stop, columns in self.base.pieces(expert):
                 of[id(weight.master)][start:stop] = grad_NO[:, columns].T @ x_NI
             if self.base.bias is not None:
                 of[id(self.base.bias)][expert] = grad_NO.sum(0)
-
-    def _matrices(self, adapter: ExpertAdapter, expert: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """s A_e and B_e in the dtype of the products; of this expert alone."""
-        return (adapter.A[expert] * adapter.scale).to(dtype), adapter.B[expert].to(dtype)
 
 
 def expert_layers(model: nn.Module) -> dict[str, nn.Module]:

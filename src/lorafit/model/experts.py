@@ -25,6 +25,7 @@ from lorafit.errors import ModelError
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.stack import FrozenStack
 from lorafit.kernels import layer as parts
+from lorafit.kernels.product import rounded
 
 ACTIVATIONS = {"SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}  # transformers' class, and our name
 
@@ -173,6 +174,14 @@ def _sorted(experts_TK: Tensor) -> list[tuple[int, Tensor]]:
     return list(zip(chosen.tolist(), order.split(counts.tolist()), strict=True))
 
 
+def _gathered(values: Tensor, places: Tensor, rows: int) -> Tensor:
+    """The rows of `values` at these places, and zeros up to so many `rows`."""
+    out = values.new_empty(rows, values.shape[1])
+    torch.index_select(values, 0, places, out=out[: len(places)])
+    out[len(places) :] = 0
+    return out
+
+
 @dataclass
 class _Kept:
     """What the backward pass needs of one expert."""
@@ -195,12 +204,14 @@ class _Job:
     def forward(self, x_TH: Tensor, scores_TK: Tensor, kept: list[_Kept] | None) -> Tensor:
         """(T, H) in x's dtype, summed in fp32."""
         out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        scores, choices = scores_TK.reshape(-1), scores_TK.shape[1]
+        scores, choices = scores_TK.reshape(-1, 1), scores_TK.shape[1]
         for expert, pairs in self.chosen:
-            tokens, s = pairs // choices, scores[pairs, None]
-            u, low = self.gate_up.forward(expert, self._inputs(x_TH[tokens], s))
+            tokens, rows = pairs // choices, rounded(len(pairs), x_TH)
+            s = _gathered(scores, pairs, rows)
+            u, low = self.gate_up.forward(expert, self._inputs(_gathered(x_TH, tokens, rows), s))
             y, low_down = self.down.forward(expert, self.kind.gate.forward(u))
-            out_TH.index_add_(0, tokens, y.float() if self.kind.scores_inputs else y * s.float())
+            y = y.float() if self.kind.scores_inputs else y * s.float()
+            out_TH.index_add_(0, tokens, y[: len(tokens)])
             if kept is not None:
                 kept.append(_Kept(u, low, low_down))
         return out_TH.to(x_TH.dtype)
@@ -208,25 +219,26 @@ class _Job:
     def backward(self, grad_TH: Tensor, x_TH: Tensor, scores_TK: Tensor, kept: list[_Kept]) -> tuple[Tensor, Tensor]:
         """(dx, dscores); the adapters' gradients are left with their groups. Uses up what was kept."""
         dx_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        scores, choices = scores_TK.reshape(-1), scores_TK.shape[1]
-        d_scores = torch.zeros(scores.shape, dtype=torch.float32, device=x_TH.device)
+        scores, choices = scores_TK.reshape(-1, 1), scores_TK.shape[1]
+        d_scores = torch.zeros(len(scores), dtype=torch.float32, device=x_TH.device)
         for (expert, pairs), mine in zip(self.chosen, kept, strict=True):
-            tokens, s = pairs // choices, scores[pairs, None].float()
-            x, grad = x_TH[tokens], grad_TH[tokens]
+            tokens, rows = pairs // choices, len(mine.u)
+            s = _gathered(scores, pairs, rows).float()
+            x, grad = _gathered(x_TH, tokens, rows), _gathered(grad_TH, tokens, rows)
             a = self.kind.gate.forward(mine.u)
             weigh = 1.0 if self.kind.scores_inputs else s
             da, dh = self.down.backward_input(expert, grad)  # of y before its score
             if not self.kind.scores_inputs:
-                d_scores[pairs] = (da.float() * a).sum(1) + self._of_bias(expert, grad)
-            dy, dh = (grad * weigh).to(grad.dtype), None if dh is None else (dh * weigh).to(dh.dtype)
+                d_scores[pairs] = ((da.float() * a).sum(1) + self._of_bias(expert, grad))[: len(pairs)]
+            dy, dh = (grad * weigh).to(grad.dtype), None if dh is None else dh * weigh
             self.down.add_grads(expert, dy, dh, a, mine.low_down)
             self.kind.gate.backward((da * weigh).to(da.dtype), mine.u)
             dx, dh = self.gate_up.backward_input(expert, mine.u)
             self.gate_up.add_grads(expert, mine.u, dh, self._inputs(x, s), mine.low)
             if self.kind.scores_inputs:
-                d_scores[pairs] = (dx.float() * x).sum(1)
+                d_scores[pairs] = (dx.float() * x).sum(1)[: len(pairs)]
                 dx = dx * s
-            dx_TH.index_add_(0, tokens, dx.float())
+            dx_TH.index_add_(0, tokens, dx[: len(tokens)].float())
         return dx_TH.to(x_TH.dtype), d_scores.view(scores_TK.shape).to(scores_TK.dtype)
 
     def _inputs(self, x_NH: Tensor, s_N1: Tensor) -> Tensor:
