@@ -7,12 +7,14 @@ import importlib.metadata
 import mmap
 import os
 import platform
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 PROC, SYS = Path("/proc"), Path("/sys")  # where Linux tells; elsewhere they are missing
 PACKAGES = ("lorafit", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+AROUND = 1 << 20  # bytes that the system maps around one that is touched, at most (seen: 512 KB)
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 
@@ -111,6 +113,25 @@ def bound_primitives() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")
+
+
+def mapped(file: Path) -> list[tuple[int, int]]:
+    """(first, last) addresses at which this process has the file mapped; none where the system does not tell."""
+    lines = (line.split(maxsplit=5) for line in _read(PROC / "self/maps").splitlines())
+    spans = [words[0].split("-") for words in lines if len(words) == 6 and words[5] == str(file.resolve())]
+    return [(int(start, 16), int(stop, 16)) for start, stop in spans]
+
+
+def drop(address: int, size: int, spans: Iterable[tuple[int, int]]) -> None:
+    """Give the pages of these bytes back, if they lie in one of the mapped (first, last) spans: they are read again
+    when they are needed. Of any other memory the values would be lost.
+
+    With them go those around them, which the system brought along when they were touched.
+    """
+    for first, last in spans:
+        if first <= address and address + size <= last:
+            start, stop = max(first, address - AROUND), min(last, address + size + AROUND)
+            advise(start, stop - start, wanted=False)
 
 
 def advise(address: int, size: int, wanted: bool) -> bool:

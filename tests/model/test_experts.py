@@ -12,7 +12,7 @@ from lorafit.adapter.experts import ExpertGroup
 from lorafit.errors import ModelError
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.stack import FrozenStack
-from lorafit.model.experts import Clamped, Halves, RoutedBlock, _Job, _Kept, _sorted, is_experts, kind_of, over
+from lorafit.model.experts import Clamped, Halves, RoutedBlock, _Job, _sorted, is_experts, kind_of, over
 
 CLOSE = 1e-5  # relative, in fp32: sums run in another order
 
@@ -167,11 +167,12 @@ def test_what_is_kept_grows_with_the_tokens_and_not_with_the_experts():
         attach(block, rank=2, targets=["experts"])
         index, scores = routing(6)
         kind = kind_of(original("qwen3_moe"), "here")
-        job = _Job(ExpertGroup(block["gate_up_proj"]), ExpertGroup(block["down_proj"]), kind, _sorted(index))
-        kept: list[_Kept] = []
-        job.forward(torch.randn(13, 8), scores, kept)
-        assert len(kept) == len(set(index.flatten().tolist()))
-        assert sum(t.numel() for one in kept for t in (one.u, one.low, one.low_down)) == 13 * 2 * (24 + 2 + 2)
+        x, groups = torch.randn(13, 8), (ExpertGroup(block["gate_up_proj"]), ExpertGroup(block["down_proj"]))
+        job = _Job(*groups, kind, _sorted(index), x)
+        with torch.no_grad():
+            _, kept = job.forward(x, scores)
+        assert len(job.chosen) == len(set(index.flatten().tolist()))
+        assert sum(part.numel() for part in kept) == 13 * 2 * (24 + 2 + 2)
 
 
 @pytest.mark.parametrize("gate", [Halves("silu"), Halves("gelu_tanh"), Clamped(1.702, 1.5)], ids=str)

@@ -22,6 +22,7 @@ from lorafit.errors import ConfigError, LorafitError, ModelError
 from lorafit.formats.gguf import read_gguf
 from lorafit.frozen.linear import FrozenLinear
 from lorafit.frozen.packed import quantise
+from lorafit.machine import memory_bytes
 from lorafit.model.load import frozen_weights, load_base
 from lorafit.model.sources import open_source
 
@@ -45,6 +46,49 @@ def test_everything_is_frozen_and_nothing_is_left_on_meta(tmp_path):
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     assert isinstance(model.model.layers[0].self_attn.q_proj, FrozenLinear)
     assert not any(type(m) is torch.nn.Linear for m in model.modules())
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "fp32"])
+def test_no_copy_of_a_folder_stays_in_memory_but_the_one_that_is_asked_for(base, tmp_path):
+    """While 256 experts stream in, the file's pages go as they are copied (of 25 MB less than 2 stay), and nothing is
+    left beside what the base is kept in (8 MB: modules, and the heap). Each matrix is a tensor of 33 KB."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 256, "num_hidden_layers": 1}
+    model = tiny_model("qwen3_moe", **sizes, head_dim=16).bfloat16()
+    folder = save_folder(model, tmp_path / "model")
+    del model
+    split_experts(folder)
+    source = open_source(folder)
+    before = memory_bytes("RssAnon")
+    base_model = load_base(source, source.tokenizer(None), base, "fp32").model
+    held = sum(weight.nbytes for weight in frozen_weights(base_model).values())
+    assert (folder / "model.safetensors").stat().st_size > 25e6
+    assert resident(folder / "model.safetensors") < 2e6
+    assert memory_bytes("RssAnon") - before < 1.05 * held + 8e6
+
+
+def split_experts(folder: Path) -> None:
+    """The folder's fused experts, as one matrix for each of them."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        whole, stem = tensors.pop(name), name.rpartition(".")[0]
+        halves = {"down_proj": whole} if name.endswith("down_proj") else dict(
+            zip(("gate_proj", "up_proj"), whole.chunk(2, dim=1), strict=True)
+        )  # fmt: skip
+        for matrix, values in halves.items():
+            for expert, one in enumerate(values):
+                tensors[f"{stem}.{expert}.{matrix}.weight"] = one.contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def resident(file: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = line.endswith(str(file))
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 def test_a_tied_head_shares_the_embeddings_memory(tmp_path):

@@ -104,31 +104,32 @@ class ExpertGroup:
         own = [] if self.adapter is None else [self.adapter.A, self.adapter.B]
         return own + self.trained
 
-    def forward(self, expert: int, x_NI: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(y (N, O) in x's dtype, h = s x A_e^T (N, r) in fp32)."""
-        y_NO = x_NI.new_empty(len(x_NI), self.base.out_features)
-        self.base.product(expert, x_NI, y_NO)
-        if self.adapter is None:
-            return y_NO, None
-        h_NR = x_NI.float() @ self.adapter.A[expert].T * self.adapter.scale
-        return y_NO.add_(h_NR @ self.adapter.B[expert].T), h_NR
+    @property
+    def rank(self) -> int:
+        """r; 0 without an adapter."""
+        return 0 if self.adapter is None else self.adapter.rank
 
-    def backward_input(self, expert: int, grad_NO: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, expert: int, x_NI: Tensor, y_NO: Tensor, h_NR: Tensor) -> None:
+        """Writes y in x's dtype and h = s x A_e^T in fp32."""
+        self.base.product(expert, x_NI, y_NO)
+        if self.adapter is not None:
+            torch.mm(x_NI.float(), self.adapter.A[expert].T, out=h_NR).mul_(self.adapter.scale)
+            y_NO += h_NR @ self.adapter.B[expert].T
+
+    def backward_input(self, expert: int, grad_NO: Tensor) -> tuple[Tensor, Tensor]:
         """(dx (N, I) in dy's dtype, s dh (N, r) in fp32) from dy."""
         dx_NI = self.base.backward_input(expert, grad_NO)
         if self.adapter is None:
-            return dx_NI, None
-        dh_NR = grad_NO.float() @ self.adapter.B[expert] * self.adapter.scale
+            return dx_NI, grad_NO.new_empty(len(grad_NO), 0)
+        dh_NR = torch.mm(grad_NO.float(), self.adapter.B[expert]).mul_(self.adapter.scale)
         return dx_NI.add_(dh_NR @ self.adapter.A[expert]), dh_NR
 
-    def add_grads(
-        self, expert: int, grad_NO: Tensor, dh_NR: Tensor | None, x_NI: Tensor, h_NR: Tensor | None
-    ) -> None:  # fmt: skip
+    def add_grads(self, expert: int, grad_NO: Tensor, dh_NR: Tensor, x_NI: Tensor, h_NR: Tensor) -> None:
         """What this expert's tokens give to the gradients of `parameters`, kept in `grads`; an expert without tokens
         keeps zeros."""
         if not self.grads:
             self.grads = [torch.zeros_like(parameter) for parameter in self.parameters]
-        if self.adapter is not None and dh_NR is not None and h_NR is not None:
+        if self.adapter is not None:
             torch.mm(dh_NR.T, x_NI.float(), out=self.grads[0][expert])
             torch.mm(grad_NO.float().T, h_NR, out=self.grads[1][expert])
         if self.trained:

@@ -21,6 +21,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, uint8
 
+from lorafit import machine
 from lorafit.errors import Faults, LorafitError, ModelError
 from lorafit.formats import place
 
@@ -43,6 +44,7 @@ class Shards:
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(entry["shape"]) for name, entry in found}
         self.dtypes: dict[str, str] = {name: entry["dtype"] for name, entry in found}
         self._open = cache(partial(safe_open, framework="pt"))
+        self._mapped = cache(machine.mapped)
 
     def load(self, name: str) -> Tensor:
         """The tensor, in the file's dtype. Raises the error class given when the file is no longer what it was."""
@@ -51,6 +53,10 @@ class Shards:
             return self._open(path).get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise self._error(place(path, name), f"cannot be read: {error}", "download it again") from None
+
+    def drop(self, name: str, values: Tensor) -> None:
+        """Give back the pages of what `load` gave under this name, where it lies in the mapped file unchanged."""
+        machine.drop(values.data_ptr(), values.nbytes, self._mapped(self._file[name]))
 
 
 def open_file(path: Path, error: type[LorafitError] = ModelError, dtypes: Collection[str] = FLOATS) -> Shards:

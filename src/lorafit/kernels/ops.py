@@ -19,12 +19,13 @@ from torch import Tensor
 from lorafit.kernels import BLOCK_TYPES, cuda, native
 from lorafit.kernels import nf4 as twins
 from lorafit.kernels.registry import LIBRARY, TYPES, address, is_plain
+from lorafit.kernels.scratch import room
 from lorafit.kernels.unpack import unpack as unpack_blocks
 
 NF4, INT8 = "NF4", "INT8"
 CODES = {**{name: block.code for name, block in BLOCK_TYPES.items()}, NF4: 1000, INT8: 1001}
 PIECE = 1 << 20  # weights that the plain twins unpack at a time
-QUANTISED = 1 << 25  # weights that are quantised at a time: 134 MB in fp32
+QUANTISED = 1 << 20  # weights that are quantised at a time: 4 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def quantise_nf4(matrix_OI: Tensor) -> Stored:
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8)
     absmax, found = torch.empty(rows, columns // twins.BLOCK), native.library()
     for some in _pieces(rows, columns):
-        matrix = matrix_OI[some].float().contiguous()
+        matrix = _as_fp32(matrix_OI[some])
         if found is None:
             codes[some], absmax[some] = twins.quantise_nf4(matrix)
         elif found.lorafit_quantise_nf4(
@@ -128,7 +129,7 @@ def quantise_int8(matrix_OI: Tensor) -> Stored:
     rows, columns = matrix_OI.shape
     codes, scales, found = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows), native.library()
     for some in _pieces(rows, columns):
-        matrix = matrix_OI[some].float().contiguous()
+        matrix = _as_fp32(matrix_OI[some])
         if found is None:
             codes[some], scales[some] = twins.quantise_int8(matrix)
         elif found.lorafit_quantise_int8(
@@ -137,6 +138,12 @@ def quantise_int8(matrix_OI: Tensor) -> Stored:
         ):  # fmt: skip
             raise ValueError("holds NaN or infinity")
     return Stored(INT8, columns, codes.view(torch.uint8), scales)
+
+
+def _as_fp32(rows: Tensor) -> Tensor:
+    """Always in the same memory: holes between the codes of many small matrices would be as large as they."""
+    size = rows.numel() * 4
+    return room("quantised", size, rows.device)[:size].view(torch.float32).view(rows.shape).copy_(rows)
 
 
 def _pieces(rows: int, columns: int) -> Iterator[slice]:

@@ -15,7 +15,8 @@ clamped and interleaved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -142,9 +143,10 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (T, H), the experts that each token goes to and their scores (T, K) -> (T, H)."""
-        job = _Job(ExpertGroup(self.gate_up_proj), ExpertGroup(self.down_proj), self.kind, _sorted(top_k_index))
+        groups = ExpertGroup(self.gate_up_proj), ExpertGroup(self.down_proj)
+        job = _Job(*groups, self.kind, _sorted(top_k_index), hidden_states)
         if not torch.is_grad_enabled():
-            return job.forward(hidden_states, top_k_weights, None)
+            return job.forward(hidden_states, top_k_weights)[0]
         out: Tensor = _ExpertsFunction.apply(hidden_states, top_k_weights, job, *job.parameters)
         return out
 
@@ -182,47 +184,52 @@ def _gathered(values: Tensor, places: Tensor, rows: int) -> Tensor:
     return out
 
 
-@dataclass
-class _Kept:
-    """What the backward pass needs of one expert."""
+class _Kept(NamedTuple):
+    """What the backward pass needs, the experts' rows one below the other: u, and the adapters' low-rank products."""
 
     u: Tensor
-    low: Tensor | None
-    low_down: Tensor | None
+    low: Tensor
+    low_down: Tensor
 
 
 class _Job:
     """One forward and backward pass of one block."""
 
-    def __init__(self, gate_up: ExpertGroup, down: ExpertGroup, kind: Kind, chosen: list[tuple[int, Tensor]]) -> None:
+    def __init__(
+        self, gate_up: ExpertGroup, down: ExpertGroup, kind: Kind, chosen: list[tuple[int, Tensor]], x_TH: Tensor
+    ) -> None:
         self.gate_up, self.down, self.kind, self.chosen = gate_up, down, kind, chosen
+        bounds = list(accumulate((rounded(len(pairs), x_TH) for _, pairs in chosen), initial=0))
+        self.rows, self.parts = bounds[-1], [slice(*bound) for bound in pairwise(bounds)]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return self.gate_up.parameters + self.down.parameters
 
-    def forward(self, x_TH: Tensor, scores_TK: Tensor, kept: list[_Kept] | None) -> Tensor:
-        """(T, H) in x's dtype, summed in fp32."""
+    def forward(self, x_TH: Tensor, scores_TK: Tensor) -> tuple[Tensor, _Kept]:
+        """(T, H) in x's dtype, summed in fp32, and what is kept."""
         out_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         scores, choices = scores_TK.reshape(-1, 1), scores_TK.shape[1]
-        for expert, pairs in self.chosen:
-            tokens, rows = pairs // choices, rounded(len(pairs), x_TH)
+        kept = _Kept(
+            x_TH.new_empty(self.rows, self.gate_up.base.out_features), *map(self._low, (self.gate_up, self.down))
+        )
+        for (expert, pairs), part in zip(self.chosen, self.parts, strict=True):
+            tokens, mine, rows = pairs // choices, _Kept(*(one[part] for one in kept)), part.stop - part.start
             s = _gathered(scores, pairs, rows)
-            u, low = self.gate_up.forward(expert, self._inputs(_gathered(x_TH, tokens, rows), s))
-            y, low_down = self.down.forward(expert, self.kind.gate.forward(u))
+            self.gate_up.forward(expert, self._inputs(_gathered(x_TH, tokens, rows), s), mine.u, mine.low)
+            y = x_TH.new_empty(rows, self.down.base.out_features)
+            self.down.forward(expert, self.kind.gate.forward(mine.u), y, mine.low_down)
             y = y.float() if self.kind.scores_inputs else y * s.float()
             out_TH.index_add_(0, tokens, y[: len(tokens)])
-            if kept is not None:
-                kept.append(_Kept(u, low, low_down))
-        return out_TH.to(x_TH.dtype)
+        return out_TH.to(x_TH.dtype), kept
 
-    def backward(self, grad_TH: Tensor, x_TH: Tensor, scores_TK: Tensor, kept: list[_Kept]) -> tuple[Tensor, Tensor]:
+    def backward(self, grad_TH: Tensor, x_TH: Tensor, scores_TK: Tensor, kept: _Kept) -> tuple[Tensor, Tensor]:
         """(dx, dscores); the adapters' gradients are left with their groups. Uses up what was kept."""
         dx_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         scores, choices = scores_TK.reshape(-1, 1), scores_TK.shape[1]
         d_scores = torch.zeros(len(scores), dtype=torch.float32, device=x_TH.device)
-        for (expert, pairs), mine in zip(self.chosen, kept, strict=True):
-            tokens, rows = pairs // choices, len(mine.u)
+        for (expert, pairs), part in zip(self.chosen, self.parts, strict=True):
+            tokens, mine, rows = pairs // choices, _Kept(*(one[part] for one in kept)), part.stop - part.start
             s = _gathered(scores, pairs, rows).float()
             x, grad = _gathered(x_TH, tokens, rows), _gathered(grad_TH, tokens, rows)
             a = self.kind.gate.forward(mine.u)
@@ -230,8 +237,7 @@ class _Job:
             da, dh = self.down.backward_input(expert, grad)  # of y before its score
             if not self.kind.scores_inputs:
                 d_scores[pairs] = ((da.float() * a).sum(1) + self._of_bias(expert, grad))[: len(pairs)]
-            dy, dh = (grad * weigh).to(grad.dtype), None if dh is None else dh * weigh
-            self.down.add_grads(expert, dy, dh, a, mine.low_down)
+            self.down.add_grads(expert, (grad * weigh).to(grad.dtype), dh * weigh, a, mine.low_down)
             self.kind.gate.backward((da * weigh).to(da.dtype), mine.u)
             dx, dh = self.gate_up.backward_input(expert, mine.u)
             self.gate_up.add_grads(expert, mine.u, dh, self._inputs(x, s), mine.low)
@@ -240,6 +246,9 @@ class _Job:
                 dx = dx * s
             dx_TH.index_add_(0, tokens, dx[: len(tokens)].float())
         return dx_TH.to(x_TH.dtype), d_scores.view(scores_TK.shape).to(scores_TK.dtype)
+
+    def _low(self, group: ExpertGroup) -> Tensor:
+        return torch.empty(self.rows, group.rank, device=group.base.device)
 
     def _inputs(self, x_NH: Tensor, s_N1: Tensor) -> Tensor:
         return (x_NH * s_N1).to(x_NH.dtype) if self.kind.scores_inputs else x_NH
@@ -255,10 +264,10 @@ class _ExpertsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scores: Tensor, job: _Job, *parameters: Tensor) -> Tensor:
-        kept: list[_Kept] = []
-        out = job.forward(x, scores, kept)
-        # through autograd, which lets go of them where a layer is computed twice
-        ctx.save_for_backward(x, scores, *(part for one in kept for part in (one.u, one.low, one.low_down)))
+        out, kept = job.forward(x, scores)
+        ctx.save_for_backward(
+            x, scores, *kept
+        )  # through autograd, which lets go of them where a layer is computed twice
         ctx.job, ctx.used = job, False
         return out
 
@@ -267,9 +276,8 @@ class _ExpertsFunction(torch.autograd.Function):
         if ctx.used:
             raise RuntimeError("activations are used up by one backward pass; run the forward pass again")
         ctx.used = True
-        x, scores, *saved = ctx.saved_tensors
-        kept = [_Kept(*saved[place : place + 3]) for place in range(0, len(saved), 3)]
-        dx, d_scores = ctx.job.backward(grad.contiguous(), x, scores, kept)
+        x, scores, *kept = ctx.saved_tensors
+        dx, d_scores = ctx.job.backward(grad.contiguous(), x, scores, _Kept(*kept))
         grads: list[Tensor | None] = []
         for group in (ctx.job.gate_up, ctx.job.down):
             grads += group.grads or [None] * len(group.parameters)

@@ -243,15 +243,15 @@ def _weight(
     A 3-D tensor (E, O, I) becomes one tall matrix (E O, I); transposed: it is (E, I, O).
     """
 
-    def load() -> Tensor:
-        values = source.load(name)
+    def tall(values: Tensor) -> Tensor:
         return (values.transpose(1, 2) if transposed else values).reshape(-1, values.shape[1 if transposed else -1])
 
     stored = source.stored(name)
     if base in DTYPES:
-        values = load().to(DTYPES[base])
-        if stored is not None:
-            paging.drop(stored.data, source.mapping)  # it is not needed again
+        loaded = source.load(name)
+        values = tall(loaded).to(DTYPES[base])
+        if values.data_ptr() != loaded.data_ptr():
+            source.drop(name, loaded)
         return DenseWeight(values, source.format(name))
     if stored is not None and (base in ("packed", KEPT) or stored.format == base.upper()):
         row = ops.first_bad_row(stored)
@@ -261,7 +261,8 @@ def _weight(
         if stored.order is None and stored.format == FLOATS[compute]:  # a view of the file, multiplied where it lies
             return DenseWeight(stored.data.view(compute), stored.format, mapped=True)
         return PackedWeight(stored)
-    values = load()
+    loaded = source.load(name)
+    values = tall(loaded)
     if base == "packed":
         plain = values if values.element_size() == 2 else values.to(compute)
         return DenseWeight(plain, source.format(name), mapped=True)
@@ -269,8 +270,8 @@ def _weight(
         found = quantise(values, base) if base in QUANTISED else None
     except ValueError as error:
         raise ModelError(f"{source.place}: {name}", str(error), "the file is damaged; download it again") from None
-    if stored is not None:
-        paging.drop(stored.data, source.mapping)  # it is not needed again
+    if found is not None:
+        source.drop(name, loaded)
     return found or DenseWeight(values if values.element_size() == 2 else values.bfloat16(), source.format(name))
 
 

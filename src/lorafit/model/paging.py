@@ -9,7 +9,7 @@ Source: ours; madvise(2), MADV_WILLNEED and MADV_DONTNEED.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 
@@ -58,19 +58,15 @@ def _back(
         first.register_hook(lambda _: turn(-1))
 
 
-def drop(held: nn.Module | Tensor, mapping: tuple[int, int] | None) -> None:
-    """Give the pages of a mapped tensor, or of a module's, back; they are read again when they are needed."""
-    for tensor in _inside([held], mapping) if isinstance(held, Tensor) else _mapped(held, mapping):
+def drop(module: nn.Module, mapping: tuple[int, int] | None) -> None:
+    """Give the pages of a module's mapped tensors back; they are read again when they are needed."""
+    for tensor in _mapped(module, mapping):
         machine.advise(tensor.data_ptr(), tensor.nbytes, wanted=False)
 
 
 def _mapped(module: nn.Module, mapping: tuple[int, int] | None) -> Iterator[Tensor]:
-    """The tensors of a module that lie in the mapped file."""
-    return _inside(chain(module.parameters(), module.buffers()), mapping)
-
-
-def _inside(tensors: Iterable[Tensor], mapping: tuple[int, int] | None) -> Iterator[Tensor]:
-    """Those whose values are in the mapping: of any others the values would be lost."""
+    """The tensors of a module that lie in the mapped file: of any others the values would be lost."""
     if mapping is not None:
         start, stop = mapping
+        tensors = chain(module.parameters(), module.buffers())
         yield from (t for t in tensors if start <= t.data_ptr() and t.data_ptr() + t.nbytes <= stop)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafit import machine
 from lorafit.errors import ModelError
 from lorafit.formats import bitsandbytes, gguf_config, gguf_experts, gguf_linear, names, place, stacks
 from lorafit.formats.gguf import GgufFile, read_gguf
@@ -51,6 +52,12 @@ class WeightSource(ABC):
     @abstractmethod
     def load(self, name: str) -> Tensor:
         """The tensor's values in a float dtype."""
+
+    def drop(self, name: str, values: Tensor) -> None:
+        """Give back the pages of `values`, what `load(name)` gave, or of what they were made of: they were copied."""
+        stored = self.stored(name)
+        if stored is not None and self.mapping is not None:
+            machine.drop(stored.data.data_ptr(), stored.data.nbytes, [self.mapping])
 
     @abstractmethod
     def format(self, name: str) -> str:
@@ -117,6 +124,11 @@ class FolderSource(WeightSource):
     def load(self, name: str) -> Tensor:
         stored = self.stored(name)
         return self._shards.load(self._names.get(name, name)) if stored is None else ops.values(stored)
+
+    def drop(self, name: str, values: Tensor) -> None:
+        name = self._names.get(name, name)
+        if name not in self._nf4:
+            self._shards.drop(name, values)
 
     def format(self, name: str) -> str:
         name = self.stacks[name].parts[0].names[0] if name in self.stacks else name
