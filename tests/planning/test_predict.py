@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lorafit.errors import MemoryLimitError
 from lorafit.planning import fit, predict
 from lorafit.planning.duration import Clock, Pack, Remaining, Work
 from lorafit.planning.memory import Use
+from lorafit.planning.outline import of_shapes
 from lorafit.planning.predict import Held, Prediction, Rows
 from lorafit.planning.speeds import Speeds
 from lorafit.settings import settle_for_data, settle_for_machine
@@ -208,6 +210,32 @@ def test_measured_speeds_are_kept(tmp_path: Path, monkeypatch):
     (file,) = (tmp_path / "speeds").iterdir()
     file.write_text("{")
     assert Speeds(1, "fp32").attention(4, 2, 16, 32.0, backward=False) > 0
+    alone, adapted = (speeds.expert(32, 16, rank, 40.0, backward=True) for rank in (0, 4))
+    assert 0 < alone < 1
+    assert 0 < adapted < 1
+
+
+def test_experts_take_as_long_as_those_that_tokens_go_to(monkeypatch):
+    """8 experts of which a token passes 2: one token visits 2 of them, 100 visit all 8, 25 tokens each; a layer that is
+    computed twice, twice there."""
+    asked = []
+    monkeypatch.setattr(Speeds, "expert", lambda _, *what: asked.append(what) or (10.0 if what[-1] else 1.0))
+    shapes = {
+        "model.embed_tokens.weight": (100, 64),
+        "model.layers.0.self_attn.o_proj.weight": (64, 64),
+        "model.layers.0.mlp.experts.gate_up_proj": (8, 96, 64),
+        "model.layers.0.mlp.experts.down_proj": (8, 64, 48),
+    }
+    config = {"model_type": "qwen3_moe", "hidden_size": 64, "num_attention_heads": 4, "num_experts_per_tok": 2}
+    model = of_shapes(config, shapes)
+    use = Use("bf16", "bf16", 4, ("experts",), 1024, 100, 100, 100, 512)
+    clock, twice = (Clock(model, replace(use, checkpointed=n), Known()) for n in (0, 1))
+    assert clock.pack(Pack(1, 1, 1.0)) == pytest.approx(2 * (1 + 10), rel=0.1)
+    assert asked == [(64, 48, 4, 1.0, False), (64, 48, 4, 1.0, True)]
+    assert clock.pack(Pack(100, 1, 1.0)) == pytest.approx(8 * (1 + 10), rel=0.1)
+    assert asked[-1] == (64, 48, 4, 25.0, True)
+    assert clock.pack(Pack(100, 1, 1.0), trains=False) == pytest.approx(8, rel=0.1)
+    assert twice.pack(Pack(100, 1, 1.0)) == pytest.approx(8 * (2 + 10), rel=0.1)
 
 
 def test_kinds_of_adapters_that_take_longer_are_said_to():

@@ -1,6 +1,7 @@
 """Seconds of a run, from measured operations (speeds.py) and the token counts of its real packs.
 
     pack  = T (layers' products + what stands between + attention at the rows' length) + N head
+            + experts that tokens go to, each with its share of them
             + for each layer computed twice, its way there once more
             + the file at the disk's speed, there and back, where a base is paged
             + unpacking, on each way through a layer, and what a layer costs however few its tokens
@@ -78,6 +79,8 @@ class Clock:
             again = there if index < self.use.checkpointed else 0.0
             passes = (3.0 if again else 2.0) if trains else 1.0
             total += pack.tokens * (there + (back + again if trains else 0.0)) + fixed * passes / 2
+            there, back = self._experts(layer, pack.tokens)
+            total += there * (passes - 1.0 if trains else 1.0) + (back if trains else 0.0)
         return total + self._unpack_head(pack, trains) + self._read(trains)
 
     def step(self, packs: Sequence[Pack]) -> float:
@@ -154,16 +157,27 @@ class Clock:
     def _ranks(self) -> dict[str, int]:
         return ranks_of(self.model, self.use.targets, self.use.rank, self.use.pattern)
 
+    def _experts(self, layer: Layer, tokens: int) -> tuple[float, float]:
+        """Seconds of a layer's experts there and back: of those that tokens go to, each with its share of them."""
+        stack = layer.experts
+        if stack is None:
+            return 0.0, 0.0
+        visited = min(stack.experts, tokens * stack.active)
+        rank = self._ranks.get(stack.path, 0)
+        each = stack.rows, stack.columns, rank, tokens * stack.active / visited
+        there, back = (visited * self.speeds.expert(*each, backward) for backward in (False, True))
+        return there, back + (there if self.use.full else 0.0)
+
     def _measured(self, layer: Layer, length: float) -> tuple[float, float, float]:
         there = back = fixed = 0.0
         times = 2 if self.use.pissa else 1
-        for rows, columns, ranks, active in _products(layer, self._ranks, times):
-            there += active * self.speeds.product(rows, columns, ranks, backward=False)
-            back += active * self.speeds.product(rows, columns, ranks, backward=True)
+        for rows, columns, ranks in _products(layer, self._ranks, times):
+            there += self.speeds.product(rows, columns, ranks, backward=False)
+            back += self.speeds.product(rows, columns, ranks, backward=True)
             if self.use.full:  # the gradient of W, as large a product as the way there
-                back += active * self.speeds.product(rows, columns, 0, backward=False)
+                back += self.speeds.product(rows, columns, 0, backward=False)
         shape = layer.heads, layer.key_heads, layer.dim
-        widths = self.model.hidden, layer.inner, layer.query, layer.keys
+        widths = self.model.hidden, layer.inner - layer.routed, layer.query, layer.keys
         there += self.speeds.attention(*shape, length, False) + self.speeds.between(*widths, False)
         back += self.speeds.attention(*shape, length, True) + self.speeds.between(*widths, True)
         fixed += self.speeds.overhead(times * self.use.rank if self._ranks else 0)
@@ -205,15 +219,17 @@ class Clock:
         return chunks * (2 if trains else 1) * head.weights * self.speeds.unpack(head.format)
 
 
-def _products(layer: Layer, ranks: Mapping[str, int], times: int) -> list[tuple[int, int, int, int]]:
-    """(rows, columns, ranks together, experts a token passes) of a layer's products; those over one input are one."""
-    groups: dict[tuple[str, int, int], list[int]] = {}
+def _products(layer: Layer, ranks: Mapping[str, int], times: int) -> list[tuple[int, int, int]]:
+    """(rows, columns, ranks together) of a layer's products but for its experts'; those over one input are one."""
+    groups: dict[tuple[str, int], list[int]] = {}
     for m in layer.matrices:
+        if m.experts > 1:
+            continue
         alone = m.name if m.name in (*DOWN, *OUT) else m.path.rpartition(".")[0]
-        rows_ranks = groups.setdefault((alone, m.columns, m.active), [0, 0])
+        rows_ranks = groups.setdefault((alone, m.columns), [0, 0])
         rows_ranks[0] += m.rows
         rows_ranks[1] += times * ranks.get(m.path, 0)
-    return [(rows, columns, together, active) for (_, columns, active), (rows, together) in groups.items()]
+    return [(rows, columns, together) for (_, columns), (rows, together) in groups.items()]
 
 
 class Remaining:

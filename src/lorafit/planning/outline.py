@@ -78,6 +78,16 @@ class Layer:
         return sum(m.columns * m.active for m in self.matrices if m.name in DOWN)
 
     @property
+    def experts(self) -> Matrix | None:
+        """The stack that experts' inputs go back through, (hidden, inner); None in a dense layer."""
+        return next((m for m in self.matrices if m.name in DOWN and m.experts > 1), None)
+
+    @property
+    def routed(self) -> int:
+        """Width of the experts that a token passes, together."""
+        return 0 if self.experts is None else self.experts.columns * self.experts.active
+
+    @property
     def outputs(self) -> int:
         """Numbers that the layer's products give a token, but for those that are added to it."""
         return sum(m.rows * m.active for m in self.matrices if m.name not in (*DOWN, *OUT))

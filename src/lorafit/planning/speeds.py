@@ -20,27 +20,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafit import machine
 from lorafit.adapter.dropout import PlacedDropout
+from lorafit.adapter.experts import put_on_experts
 from lorafit.adapter.group import Group
 from lorafit.adapter.lora import LoraAdapter, LoraLinear
 from lorafit.adapter.variants.svd import leading_pair
 from lorafit.data.cache import folder_of
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenLinear
+from lorafit.frozen.stack import FrozenStack
 from lorafit.kernels import BLOCK_TYPES, native, ops
 from lorafit.kernels import layer as parts
 from lorafit.kernels.attention import Rules, attend, attend_backward
 from lorafit.kernels.layer import entropy
 from lorafit.kernels.product import product
+from lorafit.model.experts import Experts, Halves, Kind
 
 TIMES = 5
 SQUARE = 768  # rows and columns of the matrix that PiSSA's start is measured on
 WEIGHTS = 1 << 22  # of a product that is measured; wider ones are taken as so many times as long
 WORK = 3 * 10**9  # multiplications of one measured call at most
 TOKENS = 1024  # at which products are measured: a pack's, so that what leaves the cache there leaves it here
+EXPERT_TOKENS = 16, 256  # of an expert, between and beyond which its time is a straight line
 LENGTHS = 64, 512  # of documents, between and beyond which attention's time per token is a straight line
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -111,6 +115,19 @@ class Speeds:
         way = "back" if backward else "there"
         name = f"between {way} {hidden} {inner} {query} {keys}"
         return self.of(name, lambda: _between(hidden, inner, query, keys, self.dtype, backward)) / TOKENS
+
+    def expert(self, hidden: int, inner: int, rank: int, tokens: float, backward: bool) -> float:
+        """Seconds of one expert's MLP with so many tokens, gate and up of width `inner` each; without unpacking."""
+        way = "back" if backward else "there"
+        few, many = (
+            self.of(
+                f"expert {way} {hidden} {inner} r{rank} t{n}",
+                lambda n=n: _expert(hidden, inner, rank, n, self.dtype, backward),  # type: ignore[misc]
+            )
+            for n in EXPERT_TOKENS
+        )
+        slope = max(0.0, many - few) / (EXPERT_TOKENS[1] - EXPERT_TOKENS[0])
+        return max(0.5 * few, few + slope * (tokens - EXPERT_TOKENS[0]))
 
     def unpack(self, form: str) -> float:
         """Seconds a weight to unpack from this format."""
@@ -202,6 +219,34 @@ def _product(rows: int, columns: int, rank: int, tokens: int, dtype: torch.dtype
         group.backward_input(y, low_d, x)
 
     return _usual(back)
+
+
+def _expert(hidden: int, inner: int, rank: int, tokens: int, dtype: torch.dtype, backward: bool) -> float:
+    """Of as many experts as leave the cache, up to eight, each with its own tokens."""
+    few = max(1, min(8, 2 * WEIGHTS // (hidden * inner)))
+
+    def stack(rows: int, columns: int) -> nn.Module:
+        base = FrozenStack(few, [([DenseWeight(torch.zeros(few * rows, columns, dtype=dtype))], slice(None))])
+        if not rank:
+            return base
+        layer = put_on_experts(base, rank, float(rank))
+        layer.adapter.start(torch.Generator())
+        return layer
+
+    kind = Kind(Halves("silu"), transposed=False, declared=True, scores_inputs=False)
+    block = Experts(stack(2 * inner, hidden), stack(hidden, inner), kind)
+    x = torch.zeros(few * tokens, hidden, dtype=dtype, requires_grad=True)
+    scores, index = torch.ones(len(x), 1), torch.arange(len(x))[:, None] % few
+    if not backward:
+        with torch.no_grad():
+            return _usual(lambda: block(x, index, scores)) / few
+    times = []
+    for _ in range(1 + TIMES):
+        out = block(x, index, scores)
+        began = time.perf_counter()
+        out.backward(out.detach())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[1:]) / few
 
 
 def _attention(heads: int, keys: int, dim: int, length: int, dtype: torch.dtype, backward: bool) -> float:
