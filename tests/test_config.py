@@ -43,6 +43,16 @@ def test_config_file_and_back_is_equal(tmp_path):
     assert "lr: 0.0001  # auto: a rule" in (tmp_path / "run.yaml").read_text()
 
 
+def test_a_text_that_looks_like_a_number_stays_text(tmp_path):
+    """A fingerprint of digits and one e, a folder called 1e5: what is written as text comes back as text."""
+    config = TrainConfig(model="1e5", data=("2E-3",), out="7")
+    extra = {"identity": {"base": "4753012852353e85", "data": "0000000000000000"}}
+    (tmp_path / "run.yaml").write_text(to_yaml(Resolved(config), extra))
+    values = read_yaml(tmp_path / "run.yaml")
+    assert {"identity": values.pop("identity")} == extra
+    assert TrainConfig(**from_values(values, "run.yaml")) == config
+
+
 def test_learning_rates_may_be_written_as_people_do(tmp_path):
     """1e-3 is a number, though YAML 1.1 thinks it is text."""
     (tmp_path / "c.yaml").write_text("lr: 1e-3\nweight_decay: 0\n")

@@ -350,12 +350,17 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes each text that our loader would take for a number: a hash such as 4753012852353e85."""
+
+
 # YAML 1.1 reads 1e-3 as text; people write learning rates that way.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+for _side in (_StrictLoader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -379,7 +384,7 @@ def to_yaml(resolved: Resolved, extra: dict[str, Any]) -> str:
     for name in field_types():
         value = getattr(resolved.config, name)
         plain = list(value) if isinstance(value, tuple) else value
-        text = yaml.safe_dump(plain, default_flow_style=True, width=10**6, allow_unicode=True)
+        text = yaml.dump(plain, Dumper=_Dumper, default_flow_style=True, width=10**6, allow_unicode=True)
         text = text.removesuffix("\n").removesuffix("\n...")
         lines.append(f"{name}: {text}  # {resolved.origin.get(name, 'default')}")
-    return "\n".join(lines) + "\n" + yaml.safe_dump(extra, sort_keys=True, allow_unicode=True)
+    return "\n".join(lines) + "\n" + yaml.dump(extra, Dumper=_Dumper, sort_keys=True, allow_unicode=True)
