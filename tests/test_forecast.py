@@ -7,9 +7,13 @@ import json
 import pytest
 
 import lorafit
+from builders.architectures import CONFIGS, PER_LAYER, tiny
 from builders.commands import QUICK, World, run
+from builders.models import OWN, frozen, tiny_model
 from lorafit import catalogue
+from lorafit.adapter.experts import expert_layers
 from lorafit.errors import ConfigError, ModelError
+from lorafit.model.load import frozen_parameters
 from lorafit.planning.devices import DEVICES
 
 KEYS = {"fits", "memory_bytes", "seconds", "tokens", "trained_tokens", "trainable_parameters", "total_parameters",
@@ -63,9 +67,28 @@ def test_a_folder_with_only_a_configuration(world, tmp_path):
     """No weights and no tokenizer: parameters are exact, tokens are estimated, and that is said."""
     (tmp_path / "config.json").write_text((world.model / "config.json").read_text())
     outcome = run("plan", tmp_path, world.data, "--json")
+    named = run("plan", tmp_path / "config.json", world.data, "--json").json
+    assert named["memory_bytes"].keys() == outcome.json["memory_bytes"].keys()
+    assert named["total_parameters"] == outcome.json["total_parameters"]
     whole = run("plan", world.model, world.data, "--json").json
     assert outcome.json["total_parameters"] == whole["total_parameters"]
     assert any("estimated" in note for note in outcome.json["notes"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [*((name, {}) for name in {**CONFIGS, **OWN}), ("gemma4_text", PER_LAYER)]
+)
+def test_every_architecture_has_the_parameters_that_training_finds(tmp_path, name, changes):
+    """From a configuration alone: all numbers, and those of adapters on linear layers and experts."""
+    model = (tiny if name in CONFIGS else tiny_model)(name, **changes)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(model.config.to_dict()))
+    real = frozen(model, tmp_path / "whole").model
+    targets = ["all-linear", *(["experts"] if expert_layers(real) else [])]
+    found = lorafit.plan(model=tmp_path / "bare", rows=8, length=16, rank=2, targets=targets)
+    lorafit.attach(real, 2, 4, targets)
+    assert found.trainable_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert found.total_parameters == found.trainable_parameters + frozen_parameters(real)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -150,13 +150,14 @@ def _for_device(resolved: Resolved) -> Resolved:
 def _model(name: str, notes: list[str]) -> tuple[Outline, WeightSource | None, dict[str, Any]]:
     """(outline, the source where there are weights, configuration) of a file, a folder, or a built-in name."""
     path = Path(name)
-    alone = path.is_dir() and (path / "config.json").is_file() and not list(path.glob("*.safetensors*"))
+    file = path / "config.json" if path.is_dir() else path
+    alone = file.suffix == ".json" and file.is_file() and not (path.is_dir() and list(path.glob("*.safetensors*")))
     if path.exists() and not alone:
         source = open_source(path)
         shape = configuration(source).to_dict()
         return of_source(source, shape), source, shape
     if alone:
-        config, place = _read_config(path / "config.json"), str(path / "config.json")
+        config, place = _read_config(file), str(file)
     else:
         try:
             config, place = catalogue.find(name), name

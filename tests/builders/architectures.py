@@ -53,7 +53,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": OWN["qwen3_5_moe_text"],
 }  # fmt: skip
 
-
+PER_LAYER = {  # as the small ones of Gemma 4: layers that take keys and values of an earlier one, embeddings per layer
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512, "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+}  # fmt: skip
 DENSE = (
     "llama", "smollm3", "granite", "phi3", "olmo2", "olmo3", "mistral", "ministral", "ministral3", "qwen2", "qwen3",
     "qwen3_5_text", "gemma3_text", "gemma4_text",

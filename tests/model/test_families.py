@@ -8,17 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from builders.architectures import CONFIGS, tiny
+from builders.architectures import CONFIGS, PER_LAYER, tiny
 from lorafit.model import attention
 from lorafit.model.architectures import LINEAR_ATTENTION
 
 IDS = torch.arange(37).mul(31).remainder(500).view(1, 37)
 BOUNDS = (0, 9, 10, 26, 37)
 PACKING = [name for name in CONFIGS if name not in LINEAR_ATTENTION]
-SHARED = {  # as the small ones of Gemma 4: layers that take the keys and values of an earlier one, embeddings per layer
-    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512, "num_kv_shared_layers": 2,
-    "use_double_wide_mlp": True,
-}  # fmt: skip
 
 
 def ours(model):
@@ -30,7 +26,7 @@ def ours(model):
     return other
 
 
-@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in CONFIGS), ("gemma4_text", SHARED)])
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in CONFIGS), ("gemma4_text", PER_LAYER)])
 def test_a_row_alone_has_transformers_logits(name, changes):
     """Windows, chunks, layers without rotation, narrow values, sinks: one row through our attention gives the logits of
     transformers' eager one, past the window, the chunk and the length from which queries are scaled."""

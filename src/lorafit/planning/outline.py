@@ -16,7 +16,7 @@ from lorafit.model.sources import WeightSource
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 ROUTERS = (".gate", ".router", "router.proj", "shared_expert_gate")  # small matrices that choose experts
-EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "wte", "wpe")
+EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "wte", "wpe")  # Gemma 4's small ones have two
 DOWN, OUT = ("down_proj", "fc2", "fc_out"), ("o_proj", "out_proj", "dense")  # whose inputs are kept, not their outputs
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # codes, 8-bit scales of 64, their fp32 scales of 256: QLoRA, section 3
 FLOAT_BYTES = {"F32": 4, "FP32": 4, "F16": 2, "FP16": 2, "BF16": 2, "F64": 8, "U8": 1, "I8": 1}
@@ -154,7 +154,7 @@ class Outline:
         found = {m.path: m for m in (*self.matrices, *tied)}
         experts = [path for path, m in found.items() if m.experts > 1]
         choosing = [path for path in found if path.endswith(ROUTERS)]
-        linear = [path for path in found if path not in (self.embedding.path, *experts, *choosing)]
+        linear = [path for path, m in found.items() if m.name not in EMBEDDINGS and path not in (*experts, *choosing)]
         return [found[path] for path in choose(list(found), targets, linear, experts, choosing)]
 
 
@@ -182,7 +182,7 @@ def of_shapes(
     for name, shape in shapes.items():
         path = name.removesuffix(".weight")
         form = (formats or {}).get(name, "BF16")
-        if len(shape) < 2 or path.endswith("norm") or (len(shape) == 3 and "conv" in path):
+        if len(shape) < 2 or path.endswith(("norm", "_bias")) or (len(shape) == 3 and "conv" in path):
             vectors += math.prod(shape)
         elif len(shape) == 2:
             found.append(Matrix(path, *shape, form))
