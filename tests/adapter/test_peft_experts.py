@@ -20,7 +20,7 @@ from lorafit.errors import AdapterError, LorafitError
 IDS = torch.tensor([[5, 9, 200, 31, 7, 88, 120, 44, 17, 3], [8, 1, 4, 4, 90, 2, 6, 301, 12, 77]])
 LATENT = ("deepseek_v3", "mistral4")
 ROUTERS = {"gpt_oss": "router", "granitemoe": "router", "llama4_text": "router", "gemma4_text": "router.proj"}
-SPLIT = [family for family in MOE_FAMILIES if family not in (*WHOLE, "qwen2_moe")]  # PEFT converts no qwen2_moe
+SPLIT = [family for family in MOE_FAMILIES if family not in WHOLE]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -63,7 +63,7 @@ def save_adapter(
     `chat_template`, the source of a template that is not the model's own. experts: the layout of adapters on experts,
     a pair of tensors for all of them or for each (peft_experts.py).
     An older adapter there is replaced. Raises AdapterError when the model has no adapter or `folder` holds other files,
-    which would be lost; ConfigError when the disk refuses.
+    which would be lost, or for "split" where other programs do not know it; ConfigError when the disk refuses.
     """
     folder, about = Path(folder).resolve(), dict(about or {})
     others = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.is_dir() else []
@@ -72,6 +72,8 @@ def save_adapter(
     layers = by_file_path(model, adapted(model))
     if not layers:
         raise AdapterError(str(folder), "the model has no adapter", "attach one first")
+    if experts == "split" and (whose := peft_experts.fused_only(model)):
+        raise AdapterError(str(folder), f"the experts of {whose} are known as a whole only", 'give experts="fused"')
     tensors = {
         f"{PREFIX}{path}.{end}": tensor.detach().clone()  # of a tied pair both names have a tensor
         for path, layer in layers.items()

@@ -27,8 +27,8 @@ from lorafit.frozen.stack import FrozenStack
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 SPLIT = {"gate_proj": GATE_UP, "up_proj": GATE_UP, "down_proj": DOWN}
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # its names, in modules called block_sparse_moe
-# Families whose experts PEFT has as a whole only: their published files have no single ones.
-WHOLE = ("gpt_oss", "llama4_text", "granitemoe", "mistral4", "qwen3_5_moe_text", "gemma4_text")
+# Families whose experts PEFT has as a whole only: their published files have no single ones, but for Qwen 2 MoE's.
+WHOLE = ("gpt_oss", "llama4_text", "granitemoe", "mistral4", "qwen3_5_moe_text", "gemma4_text", "qwen2_moe")
 SINGLE = re.compile(r"(?P<path>.+)\.(?P<expert>\d{1,5})\.(?P<matrix>gate_proj|up_proj|down_proj|w1|w2|w3)")
 # Linear layers of these names PEFT takes for experts' in models that have some, unless they are named as parameters.
 TAKEN = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -44,16 +44,20 @@ def fused_tensors(layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor
             yield f"{path}{inside}.lora_B.weight", second.detach().permute(1, 2, 0).reshape(len(second[0]), -1)
 
 
+def fused_only(model: nn.Module) -> str:
+    """Whose experts other programs have as a whole only: the family, or a text model inside a multimodal one, whose
+    model_type is all that PEFT looks at; "" where they take single ones too."""
+    kind = str(getattr(getattr(model, "config", None), "model_type", ""))
+    return f"{kind} in a multimodal model" if hasattr(model, "peft_paths") else kind if kind in WHOLE else ""
+
+
 def split_tensors(layers: Mapping[str, nn.Module], model_type: str) -> Iterator[tuple[str, Tensor]]:
-    """The same in the split layout. Raises AdapterError for experts that other programs do not have one by one."""
+    """The same in the split layout."""
     mixtral = model_type == "mixtral"
     for path, layer in layers.items():
         if not isinstance(layer, LoraStack):
             continue
         module, _, name = path.rpartition(".")
-        if model_type in WHOLE:
-            what = f"the experts of {model_type} are known as a whole only"
-            raise AdapterError(path, what, "write the fused layout")
         module = module.replace(".mlp.", ".block_sparse_moe.") if mixtral else module
         for expert in range(layer.base.experts):
             A, B = layer.adapter.A[expert].detach(), layer.adapter.B[expert].detach()

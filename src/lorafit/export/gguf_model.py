@@ -139,7 +139,14 @@ class MergedFile:
 
     def _check_config(self, path: Path) -> None:
         """The written file must describe the model that it was made of."""
-        theirs, ours = hf_config(read_gguf(path)), self.opened.model.config.to_dict()
+        ours = self.opened.model.config.to_dict()
+        try:
+            theirs = hf_config(read_gguf(path))
+        except ModelError as error:
+            what = f"cannot be said in a GGUF file of {self.where.architecture}: {error.place.rpartition(': ')[2]}"
+            raise ModelError(
+                str(self.opened.path), f"{what} {error.what}", "export to peft, or merge to a folder"
+            ) from None
         window = ours.get("sliding_window") if ours.get("use_sliding_window", True) else None
         if window and "sliding_window" not in theirs:
             console.warn(

@@ -16,6 +16,7 @@ from lorafit.adapter.attach import detach
 from lorafit.adapter.combine import LowRank
 from lorafit.adapter.file import FILES, TEMPLATE_FILE, load_adapter, save_adapter
 from lorafit.adapter.merge import low_rank, put_factors
+from lorafit.adapter.peft_experts import fused_only
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.export.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from lorafit.export.gguf_model import merged_file
@@ -117,7 +118,7 @@ def _portable(job: Job) -> dict[str, Any]:
             detach(model)
             put_factors(model, dict(updates))
             inner = path / "adapter"
-            layout: Any = {"experts": "split"} if any(u.A.ndim == 3 for u in updates.values()) else {}
+            layout: Any = {} if fused_only(model) else {"experts": "split"}
             save_adapter(model, inner, {**kept, "base_model": str(job.opened.path)}, **layout)
             for file in inner.iterdir():
                 file.rename(path / file.name)

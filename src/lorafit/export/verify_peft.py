@@ -27,7 +27,7 @@ def against_peft(opened: Opened, mine: Ours, found: Sequence[Probe], folder: Pat
         return None
     import peft
 
-    model: Any = peft.PeftModel.from_pretrained(plain_model(opened.source), folder).eval()
+    model: Any = peft.PeftModel.from_pretrained(plain_model(opened.source, opened.load), folder).eval()
     loaded = {name for name, _ in model.named_parameters() if ".lora_" in name}
     if not loaded:
         raise AdapterError(place, "PEFT finds no layer for it", OURS)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from collections.abc import Callable
 
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from lorafit.model.architectures import IMAGE_TEXT, own_name
 from lorafit.model.load import fill_buffers
 from lorafit.model.sources import WeightSource
 
 
-def plain_model(source: WeightSource) -> PreTrainedModel:
-    """transformers' own model in fp32 with plain linear layers, eval mode; in memory as a whole."""
-    config = AutoConfig.for_model(**source.config)
+def plain_model(source: WeightSource, load: Callable[[str], Tensor]) -> PreTrainedModel:
+    """transformers' own model in fp32 with plain linear layers, eval mode; in memory as a whole. A multimodal one has
+    its towers without memory: it computes rows of text.
+
+    load: a tensor of the text model by its name, in transformers' shape.
+    """
+    config = AutoConfig.for_model(**(source.whole or source.config))
+    images = source.part_of or config.model_type in IMAGE_TEXT
+    maker: type = AutoModelForImageTextToText if images else AutoModelForCausalLM
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}  # the grouped one wants whole blocks
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        model: PreTrainedModel = maker.from_config(config, dtype=torch.float32, **eager)  # type: ignore[attr-defined]
     fill_buffers(model)
-    state = {name: source.load(name).float() for name in model.state_dict() if name in source.shapes}
-    model.load_state_dict(state, strict=False, assign=True)
+    names = {name: own for name in model.state_dict() if (own := own_name(name)) in source.shapes}
+    model.load_state_dict({name: load(own).float() for name, own in names.items()}, strict=False, assign=True)
     model.tie_weights()
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    left = [name for name, tensor in tensors if tensor.is_meta and own_name(name) is not None]
     assert not left, f"tensors without values: {left}"
     return model.eval()

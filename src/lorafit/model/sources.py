@@ -34,6 +34,8 @@ class WeightSource(ABC):
     """Fields of the text model's Hugging Face configuration, `model_type` among them."""
     part_of: str = ""
     """The model_type of the multimodal model whose text part it is."""
+    whole: dict[str, Any] | None = None
+    """That model's configuration, `config` being its text part."""
     shapes: dict[str, tuple[int, ...]]
     quantised: bool
     """Whether some matrices are stored in fewer than 16 bits."""
@@ -90,7 +92,8 @@ class FolderSource(WeightSource):
 
     def __init__(self, path: Path) -> None:
         self.place, self._path = str(path), path
-        kind, self.config = read_config(path)
+        whole, self.config = read_config(path)
+        kind = str(whole["model_type"])
         self.part_of = kind if kind in WRAPPERS else ""
         self._shards: Shards = open_folder(path)
         self._nf4 = bitsandbytes.read_all(self._shards.load, self._shards.shapes, str(path))
@@ -108,6 +111,9 @@ class FolderSource(WeightSource):
         self.shapes |= {name: stack.shape for name, stack in self.stacks.items()}
         if self.part_of and "tie_word_embeddings" not in self.config:
             self.config["tie_word_embeddings"] = "lm_head.weight" not in self.shapes
+        if self.part_of:
+            tied = self.config["tie_word_embeddings"]
+            self.whole = {**whole, "text_config": self.config, "tie_word_embeddings": tied}
         self.quantised = self.packs = bool(self._nf4)
         for name in shapes.keys() - self._nf4.keys():
             if self._shards.dtypes[name] in ("U8", "I8"):
@@ -194,8 +200,8 @@ def _check_sizes(config: dict[str, Any], tensors: int, file: Path) -> None:
             raise ModelError(f"{file}: {key}", f"is {value!r}, not 1 to {most}", "the folder is damaged")
 
 
-def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
-    """config.json as data, no code: the model's type, and the configuration of its text part.
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json as data, no code: the model's own configuration, and that of its text part.
 
     Raises ModelError for what we do not know, naming the nearest known type.
     """
@@ -219,7 +225,8 @@ def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
         "dtype",
         "_name_or_path",
     )
-    return str(config["model_type"]), {key: value for key, value in text.items() if key not in drop}
+    whole, part = ({key: value for key, value in one.items() if key not in drop} for one in (config, text))
+    return whole, part
 
 
 def _check_quantization(found: Any, place: str) -> None:
