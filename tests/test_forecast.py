@@ -170,3 +170,21 @@ def test_a_broken_configuration_is_one_line(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError):
             lorafit.plan(model=tmp_path, rows=1, length=8)
+
+
+def test_what_training_refuses_is_not_planned(tmp_path):
+    """An architecture that is not known, in a configuration alone: the line that training says, in both its places."""
+    found = {
+        json.dumps(
+            {"model_type": "qwen4"}
+        ): r"model_type: 'qwen4' is not supported yet; the nearest supported one is qwen",
+        json.dumps({"model_type": "gemma2"}): r"'gemma2' is not supported yet",
+        json.dumps({"model_type": "qwen3_vl", "text_config": {}}): r"'qwen3_vl' is not supported yet",
+        json.dumps(
+            {"model_type": "mistral3", "text_config": {"model_type": "mistral9"}}
+        ): r"text_config.model_type: 'mis",
+    }
+    for text, words in found.items():
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=words):
+            lorafit.plan(model=tmp_path, rows=1, length=8)

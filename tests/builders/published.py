@@ -10,17 +10,8 @@ from transformers import PreTrainedModel
 from lorafit import catalogue
 from lorafit.model.architectures import WRAPPERS, text_config
 from lorafit.model.load import empty
+from lorafit.model.shapes import Described
 from lorafit.model.sources import MODEL_TYPES
-
-
-class Published:
-    """A published configuration in the place of a model on disk."""
-
-    def __init__(self, name: str) -> None:
-        config = catalogue.find(name)
-        self.place, kind = name, config["model_type"]
-        self.part_of = kind if kind in WRAPPERS else ""
-        self.config = {k: v for k, v in text_config(config, name, MODEL_TYPES).items() if k != "architectures"}
 
 
 def text_of(name: str) -> dict[str, Any]:
@@ -32,4 +23,6 @@ def text_of(name: str) -> dict[str, Any]:
 
 def published(name: str) -> PreTrainedModel:
     """transformers' model of a published configuration, every tensor on the meta device."""
-    return empty(Published(name), torch.bfloat16)  # type: ignore[arg-type]
+    config = catalogue.find(name)
+    kind = config["model_type"] if config["model_type"] in WRAPPERS else ""
+    return empty(Described(name, text_config(config, name, MODEL_TYPES), kind), torch.bfloat16)

@@ -69,8 +69,14 @@ OTHER_PREFIXES = (  # of tensors beside the text part: towers, projectors, heads
 )  # fmt: skip
 
 
+ASIDE = (  # fields that say nothing of the model
+    "quantization_config", "auto_map", "architectures", "transformers_version", "torch_dtype", "dtype", "_name_or_path",
+)  # fmt: skip
+
+
 def text_config(config: dict[str, Any], place: str, known: tuple[str, ...]) -> dict[str, Any]:
-    """The text part's configuration, `model_type` in it; a text model's own configuration is that already.
+    """The text part's configuration, `model_type` in it; a text model's own configuration is that already. What is
+    `ASIDE` is left out.
 
     known: model types that can be loaded. Raises ModelError, naming the nearest known type, for another one, and for
     one that is no language model.
@@ -80,7 +86,7 @@ def text_config(config: dict[str, Any], place: str, known: tuple[str, ...]) -> d
         _check_kind(kind, f"{place}: model_type", (*known, *WRAPPERS))
         _check_class(config, place)
         _check_fields(config, place)
-        return config
+        return plain(config)
     inner = config.get("text_config", {})
     if not isinstance(inner, dict):
         raise ModelError(f"{place}: text_config", f"is {str(inner)[:40]!a}, not an object", "download the model again")
@@ -90,7 +96,12 @@ def text_config(config: dict[str, Any], place: str, known: tuple[str, ...]) -> d
     _check_fields(inner, place)
     if "tie_word_embeddings" in config:  # the wrapper has the head
         inner["tie_word_embeddings"] = config["tie_word_embeddings"]
-    return inner
+    return plain(inner)
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that describe the model."""
+    return {key: value for key, value in config.items() if key not in ASIDE}
 
 
 def _check_kind(kind: Any, place: str, known: tuple[str, ...]) -> None:

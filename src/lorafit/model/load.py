@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -152,7 +152,20 @@ def build(source: WeightSource, base: str, compute: torch.dtype, paged: bool = F
     return model.eval()
 
 
-def empty(source: WeightSource, compute: torch.dtype) -> PreTrainedModel:
+class Described(Protocol):
+    """What a model is built from: a WeightSource, or a configuration alone (model/shapes.py)."""
+
+    @property
+    def place(self) -> str: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def part_of(self) -> str: ...
+
+
+def empty(source: Described, compute: torch.dtype) -> PreTrainedModel:
     """transformers' model of a source, without memory: every tensor on the meta device."""
     config = configuration(source)
     config.use_cache = False  # with a cache, packed documents would not be kept apart
@@ -166,14 +179,14 @@ def empty(source: WeightSource, compute: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def configuration(source: WeightSource) -> PretrainedConfig:
+def configuration(source: Described) -> PretrainedConfig:
     """The source's configuration with transformers' defaults for what it leaves out. Raises ModelError."""
     with _faults_of_configuration(source):
         return AutoConfig.for_model(**source.config)
 
 
 @contextmanager
-def _faults_of_configuration(source: WeightSource) -> Iterator[None]:
+def _faults_of_configuration(source: Described) -> Iterator[None]:
     """A configuration that transformers cannot build is the file's fault, said in one line."""
     try:
         yield

@@ -21,7 +21,7 @@ from lorafit.formats.stacks import Stack
 from lorafit.formats.tokenizer import TextTokenizer, load_tokenizer
 from lorafit.kernels import ops
 from lorafit.kernels.ops import Stored
-from lorafit.model.architectures import MOE, TEXT, WRAPPERS, own_name, text_config
+from lorafit.model.architectures import MOE, TEXT, WRAPPERS, own_name, plain, text_config
 
 MODEL_TYPES = TEXT + MOE
 
@@ -216,17 +216,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ModelError(str(file), "holds no object", "download it again")
     text = text_config(config, str(file), MODEL_TYPES)
     _check_quantization(config.get("quantization_config"), f"{file}: quantization_config")
-    drop = (
-        "quantization_config",
-        "auto_map",
-        "architectures",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "_name_or_path",
-    )
-    whole, part = ({key: value for key, value in one.items() if key not in drop} for one in (config, text))
-    return whole, part
+    return plain(config), text
 
 
 def _check_quantization(found: Any, place: str) -> None:
