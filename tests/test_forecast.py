@@ -7,7 +7,7 @@ import json
 import pytest
 
 import lorafit
-from builders.architectures import CONFIGS, PER_LAYER, tiny
+from builders.architectures import CONFIGS, PER_LAYER, WRAPPED, folder_of, tiny
 from builders.commands import QUICK, World, run
 from builders.models import OWN, frozen, tiny_model
 from lorafit import catalogue
@@ -170,6 +170,18 @@ def test_a_broken_configuration_is_one_line(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError):
             lorafit.plan(model=tmp_path, rows=1, length=8)
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_adapter_of_a_multimodal_model_has_its_long_names(tmp_path, name):
+    """Its file's size to the byte, from the folder and from the configuration alone."""
+    folder = folder_of(name, tmp_path / "model")
+    model = lorafit.load(folder)
+    lorafit.attach(model, 2, 4)
+    lorafit.save_adapter(model, tmp_path / "adapter")
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    for place in (folder, folder / "config.json"):
+        assert lorafit.plan(model=place, rows=8, length=16, rank=2).adapter_bytes == size
 
 
 def test_what_training_refuses_is_not_planned(tmp_path):

@@ -17,6 +17,7 @@ from lorafit.data.split import split
 from lorafit.data.tokens import TokenRow
 from lorafit.errors import ConfigError, Faults, ModelError
 from lorafit.inputs import read_rows, read_template
+from lorafit.model.architectures import WRAPPERS
 from lorafit.model.load import configuration, context_of
 from lorafit.model.shapes import shapes_of
 from lorafit.model.sources import WeightSource, open_source
@@ -169,7 +170,8 @@ def _model(name: str, notes: list[str]) -> tuple[Outline, WeightSource | None, d
     text, shapes = shapes_of(config, place)
     if "vision_config" in config:
         notes.append("the text model alone; its vision tower is not counted")
-    return of_shapes(text, shapes), None, text
+    part_of = str(config["model_type"]) if config["model_type"] in WRAPPERS else ""
+    return of_shapes(text, shapes, part_of=part_of), None, text
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -44,12 +44,12 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 
 def file_path(model: nn.Module, path: str) -> str:
     """The path in an adapter's file of the layer at `path`: PEFT's, where the model is the text part of another."""
-    return _renamed(path, getattr(model, "peft_paths", ()))
+    return renamed(path, getattr(model, "peft_paths", ()))
 
 
 def own_path(model: nn.Module, path: str) -> str:
     """The inverse of `file_path`."""
-    return _renamed(path, [(theirs, own) for own, theirs in getattr(model, "peft_paths", ())])
+    return renamed(path, [(theirs, own) for own, theirs in getattr(model, "peft_paths", ())])
 
 
 def by_file_path(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Layer]:
@@ -57,7 +57,8 @@ def by_file_path(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, Lay
     return {file_path(model, path): layer for path, layer in layers.items()}
 
 
-def _renamed(path: str, beginnings: Iterable[tuple[str, str]]) -> str:
+def renamed(path: str, beginnings: Iterable[tuple[str, str]]) -> str:
+    """The path with the first of these (old, new) beginnings exchanged that it has."""
     return next((new + path[len(old) :] for old, new in beginnings if path.startswith(old)), path)
 
 

@@ -119,6 +119,8 @@ class Outline:
     place: str | None
     """Its file or folder; None where there is a configuration alone."""
     file_bytes: int
+    part_of: str = ""
+    """The model_type of the multimodal model whose text part it is."""
 
     @property
     def on_disk(self) -> bool:
@@ -162,7 +164,7 @@ def of_source(source: WeightSource, config: Mapping[str, Any]) -> Outline:
     """The outline of a model on disk, from its header; config: its configuration with every default in it."""
     formats = {name: source.format(name) for name in source.shapes}
     kinds = {"mapped": source.packs, "pageable": source.mapping is not None, "quantised": source.quantised}
-    return of_shapes(config, source.shapes, formats, place=source.place, **kinds)
+    return of_shapes(config, source.shapes, formats, place=source.place, part_of=source.part_of, **kinds)
 
 
 def of_shapes(
@@ -174,6 +176,7 @@ def of_shapes(
     pageable: bool = False,
     quantised: bool = False,
     place: str | None = None,
+    part_of: str = "",
 ) -> Outline:
     """The outline of a model of these tensors; formats: of a file, else 16 bits, as models are published."""
     active = int(config.get("num_experts_per_tok") or config.get("moe_topk") or config.get("top_k_experts") or 1)
@@ -220,6 +223,7 @@ def of_shapes(
         quantised=quantised,
         place=place,
         file_bytes=sum(m.file_bytes for m in found) + 4 * vectors,
+        part_of=part_of,
     )
 
 

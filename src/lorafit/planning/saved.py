@@ -6,6 +6,8 @@ import json
 import math
 from collections.abc import Iterator
 
+from lorafit.adapter.peft_config import renamed
+from lorafit.model.architectures import WRAPPERS
 from lorafit.planning.memory import Use, ranks_of, whole
 from lorafit.planning.outline import Outline
 
@@ -19,7 +21,9 @@ def adapter_bytes(model: Outline, use: Use) -> int:
         return 0
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, shape, copies in sorted(_tensors(model, use)):
+    paths = WRAPPERS[model.part_of].paths if model.part_of else ()
+    tensors = ((renamed(name, paths), shape, copies) for name, shape, copies in _tensors(model, use))
+    for name, shape, copies in sorted(tensors):
         size = 4 * copies * math.prod(shape)
         header[PREFIX + name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
         at += size
