@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -21,6 +23,25 @@ from lorafit.formats.gguf_tokenizer import from_gguf, from_metadata
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 88, 120, 44, 17, 3]])
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96}
+
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+FIXED = {"attention_chunk_size": 8192, "no_rope_layers": None}  # what llama.cpp has for every Llama 4
+PUBLISHED = {  # as Llama 3.2, Llama 4 Scout, Gemma 3 and a long Qwen 2.5 have it
+    "llama": {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
+    "llama4_text": {"rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "factor": 16.0, "high_freq_factor": 1.0}},
+    "gemma3_text": {
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8},
+    },
+    "qwen2": {
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    },
+}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "ministral3", "qwen3_5_text"])
@@ -43,6 +64,24 @@ def test_f32_is_the_merged_model(family, base, tmp_path):
     text = "SELECT name FROM people WHERE age > 30; naïve 東京"
     assert merged.tokenizer(text)["input_ids"] == tiny_tokenizer().encode(text).ids
     assert from_gguf(read_gguf(out)).chat_template == tiny_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_configurations_as_they_are_published_go_too(family, tmp_path):
+    """Rotary scaling in the fields of transformers 4, where most published models have it."""
+    model = tiny_model(family, **WIDE, **(FIXED if family == "llama4_text" else {}))
+    folder = save_folder(model, tmp_path / "model")
+    config = {**json.loads((folder / "config.json").read_text()), **PUBLISHED[family]}
+    del config["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(config))
+    adapter, out = write_adapter(folder, tmp_path / "adapter"), tmp_path / "merged.gguf"
+    done = run("export", folder, adapter, "--to", "gguf-merged", "--dtype", "F32", "--out", out)
+    assert done.code == 0, done.err
+    want = lorafit.load(folder, adapter=adapter, compute="fp32")
+    merged = lorafit.load(out, compute="fp32")
+    torch.testing.assert_close(logits(merged, IDS), logits(want, IDS), rtol=1e-4, atol=1e-4)
+    rope, own = merged.config.rope_parameters, want.config.rope_parameters
+    assert rope.get("full_attention", rope).items() <= own.get("full_attention", own).items()
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])

@@ -28,6 +28,7 @@ from lorafit.formats.gguf_config import hf_config
 from lorafit.formats.gguf_write import fits, rounded, write_gguf
 from lorafit.formats.names import ROPE_FACTORS
 from lorafit.kernels import ops
+from lorafit.model.head import decoder_of
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers of whole files
 CONVOLUTION = "ssm_conv1d.weight"  # (C, K) in the file, always F32
@@ -113,7 +114,7 @@ class MergedFile:
             kept = {key: value for key, value in base.metadata.items() if not key.startswith(DROPPED)}
             found: Metadata = {key: (value, base.types[key]) for key, value in kept.items()}
         else:
-            found = model_metadata(self.where.architecture, self.opened.source.config, self.opened.path.name)
+            found = model_metadata(self.where.architecture, self._config(), self.opened.path.name)
             rows = self.opened.source.shapes["model.embed_tokens.weight"][0]
             found |= tokenizer_metadata(self.opened.tokenizer, rows, template)
         found["general.file_type"] = (FILE_TYPES[self.kind], "uint32")
@@ -131,15 +132,20 @@ class MergedFile:
                 what = f"has no place in GGUF's {self.where.architecture} files"
                 raise ModelError(f"{source.place}: {name}", what, "export to peft, or merge to a folder")
 
+    def _config(self) -> dict[str, Any]:
+        """The model's configuration with every default, and rotary scaling as transformers 5 names it."""
+        found: dict[str, Any] = self.opened.model.config.to_dict()
+        return found
+
     def _rope_factors(self) -> np.ndarray | None:
-        config = self.opened.source.config
-        rotary = getattr(self.opened.model.get_decoder(), "rotary_emb", None)
+        config = self._config()
+        rotary = getattr(decoder_of(self.opened.model), "rotary_emb", None)
         frequencies = getattr(rotary, "inv_freq", None)
         return None if frequencies is None else rope_factors(config, frequencies.numpy())
 
     def _check_config(self, path: Path) -> None:
         """The written file must describe the model that it was made of."""
-        ours = self.opened.model.config.to_dict()
+        ours = self._config()
         try:
             theirs = hf_config(read_gguf(path))
         except ModelError as error:
