@@ -20,6 +20,8 @@ from lorafit.model.load import load_base
 from lorafit.model.sources import open_source
 from lorafit.training.step import accumulate
 
+MIXTURES = {"experts": "qwen3_moe", "Llama 4": "llama4_text"}
+LLAMA4 = {"no_rope_layers": None, "attention_chunk_size": 8192, "intermediate_size": 256, "intermediate_size_mlp": 256}
 SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
 
 
@@ -50,14 +52,15 @@ def trained(path: Path, paged: bool, **adapter: Any) -> tuple[float, list[torch.
     return loss, grads, loaded, resident(path)
 
 
-@pytest.mark.parametrize("kind", ["plain", "DoRA", "experts"])
+@pytest.mark.parametrize("kind", ["plain", "DoRA", *MIXTURES])
 def test_a_paged_base_gives_the_same_bits_and_holds_few_layers(kind, tmp_path):
     """Loss and gradients are equal to the bit; after a step at most three of six layers are in memory. So it is where
     layers are ours, and where they are transformers'."""
     file = tmp_path / "m.gguf"
     adapter: dict[str, Any] = {"use_dora": True} if kind == "DoRA" else {}
-    if kind == "experts":
-        write_moe_gguf(file, tiny_model("qwen3_moe", **SIZES, moe_intermediate_size=256))
+    if kind in MIXTURES:
+        own = LLAMA4 if kind == "Llama 4" else {"moe_intermediate_size": 256}
+        write_moe_gguf(file, tiny_model(MIXTURES[kind], **{**SIZES, **own}))
         adapter = {"targets": ["all-linear", "experts"]}
     else:
         write_tiny_gguf(file, tiny_model("llama", **SIZES), "llama", tiny_gguf_metadata())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorafit import machine
 from lorafit.model.fused import FusedLayer
+from lorafit.model.head import decoder_of
 
 
 def page(model: nn.Module, mapping: tuple[int, int] | None) -> None:
@@ -27,7 +28,7 @@ def page(model: nn.Module, mapping: tuple[int, int] | None) -> None:
     outside of a layer's turn and has to drop it himself.
     """
     model.paged_from = mapping  # type: ignore[assignment]
-    layers = list(model.get_decoder().layers)  # type: ignore[operator]
+    layers = list(decoder_of(model).layers)
     spans = [[(tensor.data_ptr(), tensor.nbytes) for tensor in _mapped(layer, mapping)] for layer in layers]
 
     def turn(index: int, way: int) -> None:
