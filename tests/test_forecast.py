@@ -21,6 +21,8 @@ KEYS = {"fits", "memory_bytes", "seconds", "tokens", "trained_tokens", "trainabl
 PARAMETERS = {  # billions, as their authors give them (of multimodal ones, the text model's)
     "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6, "qwen3-8b": 8.19, "qwen3-30b-a3b": 30.5, "qwen3-0.6b": 0.596,
     "mixtral-8x7b": 46.7, "mistral-large-2": 122.6, "gemma-3-1b": 1.0, "llama-4-scout": 107.8, "deepseek-v3": 671,
+    "llama-3.1-405b": 405, "qwen3-coder-480b-a35b": 480, "qwen3.5-35b-a3b": 35, "qwen3.5-122b-a10b": 122,
+    "qwen3.5-397b-a17b": 397, "mistral-small-4": 119, "olmo-2-7b": 7.3,
 }  # fmt: skip
 
 

@@ -28,10 +28,6 @@ def products(config: Any) -> dict[str, list[tuple[int, int]]]:
     attention = [(width, heads * dim), (width, keys * dim), (width, keys * dim), (heads * dim, width)]
     if kind == "phi3":
         return {"full": [(width, (heads + 2 * keys) * dim), (heads * dim, width), (width, 2 * inner), (inner, width)]}
-    if kind == "gemma4_text":
-        wide, few = config.global_head_dim, config.num_global_key_value_heads
-        whole = [(width, heads * wide), (width, few * wide), (heads * wide, width)]  # values are the keys
-        return {"sliding_attention": attention + mlp, "full_attention": whole + mlp}
     if kind == "qwen3_5_text":
         gated = [(width, 2 * heads * dim), *attention[1:]]  # queries, and a gate for each
         key = config.linear_num_key_heads * config.linear_key_head_dim
@@ -42,8 +38,30 @@ def products(config: Any) -> dict[str, list[tuple[int, int]]]:
     return {"full": attention + mlp}
 
 
+def of_gemma4(config: Any) -> list[tuple[int, int]]:
+    """Gemma 4's, layer by layer: in large ones the values of full attention are its keys; in small ones the last layers
+    take the keys and values of earlier ones, may have MLPs of twice the width, and each gets a share of what the
+    embeddings per layer and one product give."""
+    width, heads, per = config.hidden_size, config.num_attention_heads, config.hidden_size_per_layer_input
+    own = config.num_hidden_layers - config.num_kv_shared_layers
+    found = [(width, per * config.num_hidden_layers)] if per else []
+    for number, kind in enumerate(config.layer_types):
+        full, shares = kind == "full_attention", number >= own
+        dim = config.global_head_dim if full else config.head_dim
+        once = full and config.attention_k_eq_v
+        keys = config.num_global_key_value_heads if once else config.num_key_value_heads
+        found += [(width, heads * dim), (heads * dim, width)]
+        found += [(width, keys * dim)] * (0 if shares else 1 if once else 2)
+        inner = config.intermediate_size * (2 if shares and config.use_double_wide_mlp else 1)
+        found += [(width, inner), (width, inner), (inner, width)]
+        found += [(width, per), (per, width)] if per else []
+    return found
+
+
 def expected(config: Any) -> list[tuple[int, int]]:
     """(in, out) of every linear layer but the head."""
+    if config.model_type == "gemma4_text":
+        return of_gemma4(config)
     found = products(config)
     if "full" in found:
         return found["full"] * config.num_hidden_layers

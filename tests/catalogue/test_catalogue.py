@@ -10,7 +10,7 @@ from lorafit.errors import ConfigError
 
 def test_every_entry_has_a_configuration_and_says_where_it_comes_from():
     """Each file holds a model type and a source, and nothing else."""
-    assert len(catalogue.names()) >= 40
+    assert len(catalogue.names()) >= 50
     for name in catalogue.names():
         assert catalogue.find(name)["model_type"]
         assert len(catalogue.source(name)) > 20

@@ -13,7 +13,7 @@ from lorafit.model.architectures import MOE
 from lorafit.model.experts import is_experts, over
 
 RANK = 16
-INNER = ("qwen3_moe", "qwen3_next", "gemma4_text")  # whose experts have a width of their own
+INNER = ("qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "gemma4_text")  # whose experts have a width of their own
 
 
 def is_mixture(config: dict) -> bool:
@@ -35,7 +35,9 @@ def facts(config) -> tuple[int, int, int, int]:
         )
     if kind == "llama4_text":
         layers = len([n for n in range(layers) if (n + 1) % config.interleave_moe_layer_step == 0])
-    experts = config.num_experts if kind in ("qwen3_next", "gemma4_text") else config.num_local_experts
+    experts = (
+        config.num_experts if kind in ("qwen3_next", "qwen3_5_moe_text", "gemma4_text") else config.num_local_experts
+    )
     inner = config.moe_intermediate_size if kind in INNER else config.intermediate_size
     return layers, experts, config.hidden_size, inner
 
@@ -53,7 +55,7 @@ def test_experts_and_linear_layers_of_published_shapes(name):
     layers, experts, hidden, inner = facts(model.config)
     linear, chosen = select(model, ["all-linear"]), select(model, ["all-linear", "experts"])
     assert len(chosen) - len(linear) == 2 * layers
-    gated = "qwen3_next" in model.config.model_type  # its shared expert has a gate of its own
+    gated = model.config.model_type in ("qwen3_next", "qwen3_5_moe_text")  # its shared expert has a gate of its own
     assert len(routers(model)) == layers * (2 if gated else 1)
     assert set(linear) == set(linear_layers(model)) - {"lm_head"}
     with torch.device("meta"):
@@ -66,8 +68,8 @@ def test_experts_and_linear_layers_of_published_shapes(name):
 
 
 def test_every_published_mixture_was_seen():
-    """DeepSeek-V3, Mistral Large 3, Qwen 3 Next, Gemma 4, two of gpt-oss, Llama 4, Mixtral and Qwen 3 each."""
+    """DeepSeek-V3, Qwen 3 Next, Gemma 4, two of gpt-oss, Llama 4, Mixtral and Mistral's, three of Qwen 3 and of 3.5."""
     kinds = {text_of(name)["model_type"] for name in NAMES}
-    rest = {"deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe"}
+    rest = {"deepseek_v3", "gpt_oss", "llama4_text", "mixtral", "qwen3_moe", "qwen3_5_moe_text"}
     assert kinds == {"mistral4", "qwen3_next", "gemma4_text", *rest}
-    assert len(NAMES) >= 12
+    assert len(NAMES) >= 17
