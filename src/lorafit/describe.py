@@ -9,7 +9,6 @@ from typing import Any
 from lorafit import console
 from lorafit.adapter.attach import adapted_layers, trained
 from lorafit.adapter.peft_config import method_of
-from lorafit.adapter.variants.dora import DoraLinear
 from lorafit.frozen.fingerprint import EXACT_FORMATS
 from lorafit.job import Job
 from lorafit.kernels import native
@@ -41,9 +40,7 @@ def describe(job: Job) -> None:
     console.say(f"weights   {', '.join(sizes)}; kernels {native.describe()[0]}")
     if config.packing == "off":
         console.say(f"packing   off  ({job.resolved.origin.get('packing', 'default')})")
-    if any(isinstance(layer, DoraLinear) for _, layer in layers):
-        console.say("layers    transformers' own where DoRA is: it needs outputs that the fused ones do not keep")
-    elif not job.base.fused:
+    if not job.base.fused:
         console.say(f"layers    transformers' own: {job.base.model.config.model_type} has no fused ones here")
     if config.checkpointed_layers:
         console.say(

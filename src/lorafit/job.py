@@ -110,7 +110,7 @@ def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
     base = load_base(read.source, tokenizer, config.base, config.compute, paged=config.paging == "on")
     base = replace(base, head=replace(base.head, chunk=int(config.loss_chunk or base.head.chunk)))
     own_memory = config.compute == "fp32" and onednn_is_faster()  # a product's, in every step
-    machine.settle_allocator(keeps=base.fused < len(decoder_of(base.model).layers) or config.use_dora or own_memory)
+    machine.settle_allocator(keeps=base.fused < len(decoder_of(base.model).layers) or own_memory)
     buffers.expect(max(int(config.micro_batch_tokens or 1), read.prediction.use.longest))  # one size, no holes
     base_digest = digest(fingerprint(base.model))
     if config.method == "full":

@@ -54,11 +54,14 @@ def bytes_of(kept: object) -> int:
     return sum(bytes_of(getattr(kept, field.name)) for field in dataclasses.fields(kept))
 
 
+@pytest.mark.parametrize("targets", [("all-linear",), ("o_proj", "up_proj")])
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_keeps_what_the_formula_says(tmp_path, monkeypatch, family):
-    """Bytes of a token that a layer keeps for its backward pass: of every family, to the byte."""
+def test_a_layer_keeps_what_the_formula_says(tmp_path, monkeypatch, family, dora, targets):
+    """Bytes of a token that a layer keeps for its backward pass: of every family, with DoRA too, to the byte."""
     outline, base = opened(tmp_path, family)
-    attach(base.model, 4)
+    attach(base.model, 4, targets=targets, use_dora=dora)
+    use = dataclasses.replace(USE, dora=dora, targets=targets)
     seen = []
     forward = layer.Layer.forward
 
@@ -71,7 +74,7 @@ def test_a_layer_keeps_what_the_formula_says(tmp_path, monkeypatch, family):
     (pack,) = pack_rows(random_rows([16] * 4), range(4), 64)
     base.model.train()
     accumulate(base.model, base.head, [pack])
-    assert seen == [64 * memory.layer_bytes(outline, one, USE) for one in outline.layers]
+    assert seen == [64 * memory.layer_bytes(outline, one, use) for one in outline.layers]
 
 
 @pytest.mark.parametrize(("hidden", "mlp", "heads", "key_heads"), [(4096, 14336, 32, 8), (8192, 28672, 64, 8)])
@@ -108,11 +111,12 @@ def test_fake_tensors_of_a_large_layer_agree(hidden, mlp, heads, key_heads):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
 @pytest.mark.parametrize("checkpointed", [0, 1, 2])
-def test_buffers_take_what_is_predicted(tmp_path, family, checkpointed):
+@pytest.mark.parametrize("dora", [False, True])
+def test_buffers_take_what_is_predicted(tmp_path, family, checkpointed, dora):
     """All buffers after a step are the predicted activations, but for what is no buffer: never more, and nearly as
     many (the formula takes the most of every width at once)."""
     outline, base = opened(tmp_path, family)
-    attach(base.model, 4)
+    attach(base.model, 4, use_dora=dora)
     buffers.forget()
     buffers.expect(64)
     (pack,) = pack_rows(random_rows([16] * 4), range(4), 64)
@@ -121,7 +125,7 @@ def test_buffers_take_what_is_predicted(tmp_path, family, checkpointed):
     logits = len(pack.targets_N) * outline.vocabulary * 4
     found = buffers.free_bytes() - min(512, memory.CHUNK_BYTES) * outline.vocabulary * 4 * (logits > 0)
     buffers.forget()
-    predicted = memory.activations(outline, dataclasses.replace(USE, checkpointed=checkpointed))
+    predicted = memory.activations(outline, dataclasses.replace(USE, checkpointed=checkpointed, dora=dora))
     assert 0.6 * predicted < found <= predicted
 
 

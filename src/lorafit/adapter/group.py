@@ -5,6 +5,7 @@
     dh = dy B,    dx = dy [W1; W2; ...] + dh (s A),    dA = s dh^T x,    dB = dy^T h
 
 A and B are an adapter's `factors`: of PiSSA they have twice the rank, and the gradient of h is folded to A's rows.
+With DoRA y's columns are multiplied with gains, dy's before all else, and magnitudes are trained (variants/dora.py).
 
 x is read once for all W and once for all A. Nothing of W is saved, and no gradient of it computed. Whoever calls keeps
 x and h. A's rows do not ride in W's product: their own runs at the same rate (205 and 214 GFLOP/s a core, measured),
@@ -18,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.adapter.lora import BiasLinear, LoraAdapter, LoraLinear
+from lorafit.adapter.variants.dora import DoraLinear, multiply, multiply_backward
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenLinear
 from lorafit.frozen.weight import BLOCK_WEIGHTS, FrozenWeight
@@ -54,8 +57,8 @@ class Group:
         self.columns = [slice(*bound) for bound in pairwise(bounds)]
         self.out_features, self.in_features = bounds[-1], self.weights[0].in_features
         self.biases = [_bias(layer) for layer in layers]
-        pairs = zip((weight.master for weight in self.weights), self.biases, strict=True)
-        self._trained = [[p for p in pair if isinstance(p, nn.Parameter) and p.requires_grad] for pair in pairs]
+        self.doras = [layer if isinstance(layer, DoraLinear) and layer.enabled else None for layer in layers]
+        self._gains = [None if layer is None else layer.gain().detach() for layer in self.doras]
         self.parts: list[Part] = []
         self.rank = trained = 0
         self._cast: dict[tuple[str, torch.dtype], list[Tensor]] = {}
@@ -68,20 +71,44 @@ class Group:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """A and B of each adapter, then each W and bias that is trained, in order."""
-        matrices = [matrix for part in self.parts for matrix in (part.adapter.A, part.adapter.B)]
-        return matrices + [parameter for own in self._trained for parameter in own]
+        """A and B of each adapter; each W that is trained; of each layer its magnitude and bias, if they are."""
+        adapters = [matrix for part in self.parts for matrix in (part.adapter.A, part.adapter.B)]
+        matrices = [weight.master for weight in self.weights if _is_trained(weight.master)]
+        magnitudes = (None if layer is None else layer.magnitude for layer in self.doras)
+        vectors = (vector for pair in zip(magnitudes, self.biases, strict=True) for vector in pair)
+        return [*adapters, *matrices, *(vector for vector in vectors if _is_trained(vector))]
+
+    @property
+    def gained(self) -> bool:
+        """Whether `backward_vectors` needs y."""
+        return any(layer is not None for layer in self.doras)
 
     def forward(self, x_TI: Tensor, y_TO: Tensor) -> Tensor:
         """Writes y (T, O) and gives h (T, R), R the ranks' sum; both in x's dtype."""
         self._product(x_TI, y_TO)
-        for bias, columns in zip(self.biases, self.columns, strict=True):
-            if bias is not None:
-                y_TO[:, columns] += bias.to(y_TO.dtype)
         h_TR = self.low(x_TI)
         for part, B in zip(self.parts, self._Bs(x_TI.dtype), strict=True):
             y_TO[:, part.columns].addmm_(h_TR[:, part.low], B.T)
+        for gain, bias, columns in zip(self._gains, self.biases, self.columns, strict=True):
+            if gain is not None:
+                multiply(y_TO[:, columns], gain)
+            if bias is not None:
+                y_TO[:, columns] += bias.to(y_TO.dtype)
         return h_TR
+
+    def backward_vectors(self, grad_TO: Tensor, y_TO: Tensor | None) -> list[Tensor]:
+        """dm and db of each magnitude and bias that is trained, fp32; before all other gradients. dy becomes that of
+        the products, in place. y: as `forward` wrote it, or None where none is `gained`."""
+        grads: list[Tensor] = []
+        for layer, gain, bias, columns in zip(self.doras, self._gains, self.biases, self.columns, strict=True):
+            if _is_trained(bias):
+                db = grad_TO[:, columns].float().sum(0)
+            if layer is not None and gain is not None:
+                assert y_TO is not None, "kept where a group is gained"
+                total = multiply_backward(grad_TO[:, columns], y_TO[:, columns], gain, bias)
+                grads.append(torch.where(layer.magnitude == 0, 0.0, total / layer.magnitude))
+            grads += [db] if _is_trained(bias) else []
+        return grads
 
     def backward_low(self, grad_TO: Tensor) -> Tensor:
         """dh (T, R) from dy (T, O)."""
@@ -114,15 +141,10 @@ class Group:
         return grads
 
     def backward_weights(self, grad_TO: Tensor, x_TI: Tensor) -> list[Tensor]:
-        """dW = dy^T x and db of each W and bias that is trained, in the order of `parameters`, fp32."""
-        grads: list[Tensor] = []
-        matrices = any(parameter.ndim == 2 for own in self._trained for parameter in own)
-        together = product(grad_TO.T, x_TI.T) if matrices else grad_TO
-        for own, columns in zip(self._trained, self.columns, strict=True):
-            for parameter in own:
-                is_bias = parameter.ndim == 1
-                grads.append(grad_TO[:, columns].float().sum(0) if is_bias else together[columns].float())
-        return grads
+        """dW = dy^T x of each W that is trained, in the order of `parameters`, fp32."""
+        trained = [columns for one, columns in zip(self.weights, self.columns, strict=True) if _is_trained(one.master)]
+        together = product(grad_TO.T, x_TI.T) if trained else None
+        return [] if together is None else [together[columns].float() for columns in trained]
 
     @property
     def _drops(self) -> bool:
@@ -202,6 +224,10 @@ def _stacked(weights: Sequence[FrozenWeight], dtype: torch.dtype) -> Tensor | No
             return None
         place += matrix.numel()
     return first.as_strided((sum(len(matrix) for matrix in matrices), first.shape[1]), (first.shape[1], 1))
+
+
+def _is_trained(tensor: Tensor | None) -> TypeGuard[nn.Parameter]:
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
 
 def _bias(layer: nn.Module) -> Tensor | None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lorafit.adapter.group import Group, stack
 from lorafit.adapter.lora import BiasLinear, LoraLinear
-from lorafit.adapter.variants.dora import DoraLinear
 from lorafit.frozen.linear import FrozenLinear
 from lorafit.kernels import layer as parts
 from lorafit.kernels.attention import Rules
@@ -132,8 +131,8 @@ class FusedLayer(nn.Module):
         return result
 
     def _fits(self, cos: Tensor) -> bool:
-        """Whether the whole of each head is rotated, every matrix is ours and without DoRA (its gradient needs outputs
-        that are not kept), dropout, if any, knows its places, and no hook waits for a module that is not called."""
+        """Whether the whole of each head is rotated, every matrix is ours, dropout, if any, knows its places, and no
+        hook waits for a module that is not called."""
         linear = [getattr(self.self_attn, name) for name in ATTENTION] + [getattr(self.mlp, name) for name in MLP]
         adapted = [layer for layer in linear if isinstance(layer, LoraLinear) and layer.enabled]
         bases = [layer.base if isinstance(layer, BiasLinear) else layer for layer in linear]
@@ -141,7 +140,6 @@ class FusedLayer(nn.Module):
         return (
             cos.shape[-1] == self._shape.dim
             and all(isinstance(base, FrozenLinear) for base in bases)
-            and not any(isinstance(layer, DoraLinear) for layer in adapted)
             and all(not drop.active or (drop.places is not None and drop.places.keys_T is not None) for drop in drops)
             and not any(_is_hooked(module) for child in self.children() for module in child.modules())
         )

@@ -4,9 +4,9 @@
     n2 = norm(x2)       a = act(n2 Wgate^T) * (n2 Wup^T)   d = a Wdown^T                     y = x2 + m d
 
 Every W has its adapter beside it (adapter/group.py); families may norm q and k, rotate them or not, and norm z and d
-(Gemma). Kept for the backward pass are x, q, k, v, attention's output, x2, gate and up: the norms' outputs and a are
-computed again, in one pass over memory each. A layer that is checkpointed keeps x alone and computes the rest again,
-without the product that the backward pass does not need.
+(Gemma). Kept for the backward pass are x, q, k, v, attention's output, x2, gate and up, and z and d where they are
+normed or scaled (DoRA): the norms' outputs and a are computed again, in one pass over memory each. A layer that is
+checkpointed keeps x alone and computes the rest again, without the product that the backward pass does not need.
 
 Source: ours. Chen et al. 2016, arXiv:1604.06174, for checkpointing.
 """
@@ -75,7 +75,7 @@ NormGradients = dict[Norm, Tensor]
 @dataclass
 class AttentionKept:
     """What the backward pass needs of a layer's first half. scale, after_scale: the norms' reciprocal roots; low,
-    low_out: h of the adapters; z: o_proj's output, where it is normed."""
+    low_out: h of the adapters; z: o_proj's output, where it is normed or has gains."""
 
     scale: Tensor
     qkv: Tensor
@@ -89,7 +89,7 @@ class AttentionKept:
 
 @dataclass
 class MlpKept:
-    """The same of its second half. d: down_proj's output, where it is normed."""
+    """The same of its second half. d: down_proj's output, where it is normed or has gains."""
 
     scale: Tensor
     gate_up: Tensor
@@ -107,6 +107,11 @@ class Kept:
     attention: AttentionKept | None
     x2: Tensor | None
     mlp: MlpKept | None
+
+    def forget_all_but(self, *blocks: Tensor) -> None:
+        """Outputs of the halves, which are added now, go back to the buffers, unless they are kept."""
+        kept = (self.attention and self.attention.z, self.mlp and self.mlp.d)
+        give(*(block for block in blocks if not any(block is one for one in kept)))
 
     def forget_attention(self) -> None:
         """What is kept of the first half goes back to the buffers."""
@@ -152,8 +157,8 @@ class Layer:
         delta, attention = self._attention(x)
         x2, d, mlp = self._mlp(x, delta)
         y = torch.add(x2, d, alpha=self.shape.residual, out=self._take_like(x) if self.chained else torch.empty_like(x))
-        give(delta, d)
         kept = Kept(x, attention, x2, mlp)
+        kept.forget_all_but(delta, d)
         if not keeps:
             kept.forget_mlp()
             kept.forget_attention()
@@ -164,8 +169,8 @@ class Layer:
         of_norms: NormGradients = {}
         if kept.attention is None:
             delta, kept.attention = self._attention(kept.x)
-            kept.x2, d, kept.mlp = self._mlp(kept.x, delta, whole=self.norms.after_mlp is not None)
-            give(delta, d)
+            kept.x2, d, kept.mlp = self._mlp(kept.x, delta, whole=self.norms.after_mlp is not None or self.down.gained)
+            kept.forget_all_but(delta, d)
         assert kept.x2 is not None and kept.mlp is not None, "the two halves are kept together"  # noqa: PT018
         dx2, mlp_grads = self._mlp_backward(dy, kept.x2, kept.mlp, of_norms)
         kept.forget_mlp()
@@ -187,7 +192,7 @@ class Layer:
         z = self._take(self.o.out_features, x)
         low_out = self.o.forward(out, z)
         if self.norms.after_attention is None:
-            return z, AttentionKept(scale, qkv, low, out, lse, low_out, None, None)
+            return z, AttentionKept(scale, qkv, low, out, lse, low_out, z if self.o.gained else None, None)
         delta, after_scale = self._norm(self.norms.after_attention, z)
         return delta, AttentionKept(scale, qkv, low, out, lse, low_out, z, after_scale)
 
@@ -206,7 +211,7 @@ class Layer:
         low_down = self.down.forward(a, d)
         give(a)
         if self.norms.after_mlp is None:
-            return x2, d, MlpKept(scale, gate_up, low, low_down, None, None)
+            return x2, d, MlpKept(scale, gate_up, low, low_down, d if self.down.gained else None, None)
         normed, after_scale = self._norm(self.norms.after_mlp, d)
         return x2, normed, MlpKept(scale, gate_up, low, low_down, d, after_scale)
 
@@ -214,26 +219,32 @@ class Layer:
         self, dy: Tensor, x2: Tensor, kept: MlpKept, of_norms: NormGradients
     ) -> tuple[Tensor, list[Tensor]]:
         """(dx2, gradients of gate_up and down): gate and up become their gradients."""
-        dd = self._of_delta(dy, self.norms.after_mlp, kept.d, kept.after_scale, of_norms)
+        dd = self._of_delta(dy, self.down, self.norms.after_mlp, kept.d, kept.after_scale, of_norms)
+        down_vectors = self.down.backward_vectors(dd, kept.d)
         low_d = self.down.backward_low(dd)
         a = self.down.backward_input(dd, low_d, self._take(self.down.in_features, dy))  # da, and then a
+        before = self._take_like(kept.gate_up).copy_(kept.gate_up) if self.gate_up.gained else None
         parts.gate_backward(a, *self._gate_and_up(kept.gate_up), self.shape.activation)
         down_grads = self.down.backward_adapters(dd, low_d, a, kept.low_down) + self.down.backward_weights(dd, a)
         give(a, dd if dd is not dy else None)
+        vectors = self.gate_up.backward_vectors(kept.gate_up, before)
+        give(before)
         low_d = self.gate_up.backward_low(kept.gate_up)
         n2, _ = self._norm(self.norms.mlp, x2)
         grads = self.gate_up.backward_adapters(kept.gate_up, low_d, n2, kept.low)
-        grads += self.gate_up.backward_weights(kept.gate_up, n2)
+        grads += self.gate_up.backward_weights(kept.gate_up, n2) + vectors
         dn2 = self.gate_up.backward_input(kept.gate_up, low_d, n2)
-        return _norm_backward(self.norms.mlp, dn2, x2, kept.scale, of_norms, onto=dy), grads + down_grads
+        return _norm_backward(self.norms.mlp, dn2, x2, kept.scale, of_norms, onto=dy), grads + down_grads + down_vectors
 
     def _attention_backward(
         self, dx2: Tensor, x: Tensor, kept: AttentionKept, wanted: bool, of_norms: NormGradients
     ) -> tuple[Tensor | None, list[Tensor]]:
         """(dx if wanted, gradients of qkv and o)."""
-        dz = self._of_delta(dx2, self.norms.after_attention, kept.z, kept.after_scale, of_norms)
+        dz = self._of_delta(dx2, self.o, self.norms.after_attention, kept.z, kept.after_scale, of_norms)
+        vectors = self.o.backward_vectors(dz, kept.z)
         low_d = self.o.backward_low(dz)
         o_grads = self.o.backward_adapters(dz, low_d, kept.out, kept.low_out) + self.o.backward_weights(dz, kept.out)
+        o_grads += vectors
         d_out = None
         if wanted or self.qkv.parameters:
             d_out = self.o.backward_input(dz, low_d, self._take(self.o.in_features, x))
@@ -257,10 +268,12 @@ class Layer:
             weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
             if norm is not None or cos is not None:
                 parts.heads_backward(grad, before, weight, eps, cos, sin)
+        self._turn_back(kept.qkv)
+        vectors = self.qkv.backward_vectors(d_qkv, kept.qkv)
         low_d = self.qkv.backward_low(d_qkv)
         n1, _ = self._norm(self.norms.attention, x)
         grads = self.qkv.backward_adapters(d_qkv, low_d, n1, kept.low)
-        grads += self.qkv.backward_weights(d_qkv, n1) + o_grads
+        grads += self.qkv.backward_weights(d_qkv, n1) + vectors + o_grads
         dx = None
         if wanted:
             chained = self.chained and is_taken(x)  # the first layer's dx goes to the embedding, which gives none back
@@ -270,11 +283,17 @@ class Layer:
         return dx, grads
 
     def _of_delta(
-        self, dy: Tensor, norm: Norm | None, x: Tensor | None, scale: Tensor | None, of_norms: NormGradients
+        self,
+        dy: Tensor,
+        group: Group,
+        norm: Norm | None,
+        x: Tensor | None,
+        scale: Tensor | None,
+        of_norms: NormGradients,
     ) -> Tensor:
-        """The gradient of a block's output before its norm, from that of what it was added to. dy stays as it is."""
+        """The gradient of a group's output before its norm, from that of what it was added to. dy stays as it is."""
         m = self.shape.residual
-        if m == 1.0 and norm is None:
+        if m == 1.0 and norm is None and not group.gained:
             return dy
         d = torch.mul(dy, m, out=self._take_like(dy))
         if norm is None or x is None or scale is None:
@@ -317,6 +336,15 @@ class Layer:
                 parts.heads(x, weight, eps, self.cos, self.sin, out)
             turned.append(out)
         return turned[0], turned[1], v
+
+    def _turn_back(self, qkv: Tensor) -> None:
+        """q and k as their products gave them, where they were rotated in place and DoRA asks for them."""
+        if self.qkv.gained and self.cos is not None and self.sin is not None:
+            size = self.cos.square() + self.sin.square()  # not 1 where the family scales angles (yarn)
+            q, k, _ = self._split(qkv)
+            for x, norm in ((q, self.norms.q), (k, self.norms.k)):
+                if norm is None:
+                    parts.heads(x, None, 0.0, self.cos / size, -self.sin / size, x)
 
     def _give_turned(self, q: Tensor, k: Tensor) -> None:
         for x, norm in ((q, self.norms.q), (k, self.norms.k)):

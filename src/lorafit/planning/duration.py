@@ -5,7 +5,7 @@
             + for each layer computed twice, its way there once more
             + the file at the disk's speed, there and back, where a base is paged
             + unpacking, on each way through a layer, and what a layer costs however few its tokens
-    step  = its packs + clipping and AdamW over P
+    step  = its packs + clipping and AdamW over P + DoRA's lengths
     run   = what has passed + loading + steps + evaluations + saves + report
 
 The first steps refine it: what is left is scaled by what they took and what was predicted of them.
@@ -30,7 +30,7 @@ DECODED = 64  # tokens of each sample in the report
 SAMPLES = 2  # times that they are made: base and adapter
 DECODE_LAYER = 0.8e-3  # seconds of calls in a layer for one more token (measured)
 DECODE_ADAPTER = 0.5e-3  # the same of a layer's adapters (measured)
-DORA = 1.7  # times LoRA's layers: transformers' own, with the norm of every whole matrix (measured on SmolLM2)
+DORA = 1.7  # times LoRA's layers where they are transformers' own (measured on SmolLM2)
 LOAD = 0.4  # seconds to build a model however small it is (measured)
 TOKEN = 8e-6  # seconds to hash a token of the vocabulary for the run's identity (measured)
 CACHED = 3e-11  # seconds a byte to have pages again that are in the cache of the system (measured: 0.1 us a page)
@@ -85,7 +85,7 @@ class Clock:
 
     def step(self, packs: Sequence[Pack]) -> float:
         """Seconds of one optimizer step."""
-        return sum(map(self.pack, packs)) + ADAM * parameters(self.model, self.use)
+        return sum(map(self.pack, packs)) + ADAM * parameters(self.model, self.use) + self._lengths
 
     def steps(self, work: Work) -> float:
         """Seconds of all steps; a long run's first ones stand for the others."""
@@ -154,6 +154,18 @@ class Clock:
         return found
 
     @cached_property
+    def _lengths(self) -> float:
+        """Seconds of DoRA's W A^T, once a step: a product of as many tokens as the rank."""
+        if not self.use.dora:
+            return 0.0
+        matrices = self.model.adapted(self.use.targets)
+        return sum(
+            self._ranks[m.path] * self.speeds.product(m.rows, m.columns, 0, backward=False)
+            + m.weights * (self.speeds.unpack(form) if (form := self._form(m.format, m.columns)) else 0.0)
+            for m in matrices
+        )
+
+    @cached_property
     def _ranks(self) -> dict[str, int]:
         return ranks_of(self.model, self.use.targets, self.use.rank, self.use.pattern)
 
@@ -184,7 +196,12 @@ class Clock:
         for matrix in layer.matrices:
             form = self._form(matrix.format, matrix.columns)
             fixed += 2 * matrix.weights * self.speeds.unpack(form) if form else 0.0
-        slower = DORA if self.use.dora else 1.0
+        slower = DORA if self.use.dora and not self.model.fused else 1.0
+        if self.use.dora and self.model.fused:
+            for matrix in layer.matrices:
+                if matrix.path in self._ranks:
+                    there += self.speeds.gains(matrix.rows, backward=False)
+                    back += self.speeds.gains(matrix.rows, backward=True)
         return slower * there, slower * back, slower * fixed
 
     def _form(self, form: str, columns: int) -> str | None:

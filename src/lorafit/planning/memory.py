@@ -37,7 +37,7 @@ TILE = 64  # queries and keys of a tile in native/attention.h
 FEW = 4  # documents times key heads, per thread, below which gradients of keys are summed up behind (kernels/attention)
 OPTIMIZER = 8  # bytes of a parameter: AdamW's two moments
 UNFUSED = 2  # how much more of a token transformers' own layers keep than ours (measured on Llama: 1.9)
-DORA = 3.8  # the same with DoRA in them, which keeps outputs of products with and without it (measured: 3.8)
+DORA = 3.8  # the same with DoRA in transformers' own, which keep outputs with and without it (measured: 3.8)
 SEEN_BY_ALL = dict.fromkeys(("limit", "tokens", "trained", "longest", "chunk", "checkpointed", "evaluated"), 1)
 BEHIND = 2  # layers of a paged base that are in memory: this one and the one before; the next is in the system's cache
 
@@ -69,7 +69,7 @@ class Use:
     full: bool = False
     """--method full: every weight is trained, and rank is 0."""
     dora: bool = False
-    """Whether adapted layers are transformers' own and keep each product's output once more."""
+    """Whether outputs of products have gains, whose gradients need them."""
     pissa: bool = False
     """Whether adapters have the start that they are measured from beside them, and twice the rank in products."""
     pattern: tuple[tuple[str, int], ...] = ()
@@ -267,31 +267,34 @@ def activations(model: Outline, use: Use) -> int:
 def _of_layers(model: Outline, use: Use) -> tuple[list[int], int]:
     """(what each layer keeps of a token, the most that goes round); use: without what a token does not see."""
     each = [layer_bytes(model, layer, use) for layer in model.layers]
-    return each, max((round_bytes(layer, model.hidden, use.size) for layer in model.layers), default=0)
+    return each, max((round_bytes(layer, model.hidden, use) for layer in model.layers), default=0)
 
 
 def layer_bytes(model: Outline, layer: Layer, use: Use) -> int:
     """What one layer keeps of a token for its backward pass (model/layer.py, `Kept`).
 
     Its input and its middle, 2 H; what q, k, v, gate and up give; attention's output; where the halves are normed,
-    2 H more; of each adapter h, r numbers; in fp32 a root for each norm, and a logsumexp for each head.
+    2 H more; with DoRA also those of o_proj and down_proj that have it; of each adapter h, r numbers; in fp32 a root
+    for each norm, and a logsumexp for each head.
     """
     out = sum(m.columns for m in layer.matrices if m.name in OUT) or layer.query
     halves = 4 if layer.normed else 2
     ranks = ranks_of(model, use.targets, use.rank, use.pattern)
     low = sum(ranks.get(m.path, 0) * m.active for m in layer.matrices) * (2 if use.pissa else 1)
     width = halves * model.hidden + layer.outputs + out
-    times = DORA if use.dora else 1 if model.fused else UNFUSED
+    if use.dora and model.fused and not layer.normed:
+        width += sum(m.rows for m in layer.matrices if m.name in (*DOWN, *OUT) and m.path in ranks)
+    times = 1 if model.fused else DORA if use.dora else UNFUSED
     return round(width * times + low) * use.size + 4 * (halves + layer.heads)
 
 
-def round_bytes(layer: Layer, hidden: int, size: int) -> int:
+def round_bytes(layer: Layer, hidden: int, use: Use) -> int:
     """Buffers of a token that go round from layer to layer: at most four of width H at once (six where halves are
-    normed), one of the MLP's width, the gradients of q, k, v and of attention's output, q and k where they are
-    normed."""
-    width = (6 if layer.normed else 4) * hidden + layer.inner
+    normed, five with DoRA), one of the MLP's width, the gradients of q, k, v and of attention's output, q and k where
+    they are normed; with DoRA gate and up as they were."""
+    width = (6 if layer.normed else 5 if use.dora else 4) * hidden + layer.inner * (3 if use.dora else 1)
     width += layer.query + 2 * layer.keys + layer.query + (layer.query + layer.keys if layer.head_norms else 0)
-    return width * size
+    return width * use.size
 
 
 def attention(model: Outline, use: Use) -> int:

@@ -27,6 +27,7 @@ from lorafit.adapter.dropout import PlacedDropout
 from lorafit.adapter.experts import put_on_experts
 from lorafit.adapter.group import Group
 from lorafit.adapter.lora import LoraAdapter, LoraLinear
+from lorafit.adapter.variants.dora import multiply, multiply_backward
 from lorafit.adapter.variants.svd import leading_pair
 from lorafit.data.cache import folder_of
 from lorafit.frozen.dense import DenseWeight
@@ -128,6 +129,11 @@ class Speeds:
         )
         slope = max(0.0, many - few) / (EXPERT_TOKENS[1] - EXPERT_TOKENS[0])
         return max(0.5 * few, few + slope * (tokens - EXPERT_TOKENS[0]))
+
+    def gains(self, width: int, backward: bool) -> float:
+        """Seconds a token of DoRA's scaling of so many outputs, or of its way back."""
+        name = f"gains {'back' if backward else 'there'} {width}"
+        return self.of(name, lambda: _gains(width, self.dtype, backward)) / TOKENS
 
     def unpack(self, form: str) -> float:
         """Seconds a weight to unpack from this format."""
@@ -289,6 +295,18 @@ def _between(hidden: int, inner: int, query: int, keys: int, dtype: torch.dtype,
         x.add_(y)
 
     return _usual(back if backward else there)
+
+
+def _gains(width: int, dtype: torch.dtype, backward: bool) -> float:
+    y, kept, gain = torch.zeros(TOKENS, width, dtype=dtype), torch.zeros(TOKENS, width, dtype=dtype), torch.ones(width)
+    if not backward:
+        return _usual(lambda: multiply(y, gain))
+
+    def back() -> None:
+        kept.copy_(y)
+        multiply_backward(y, kept, gain)
+
+    return _usual(back)
 
 
 def _stored(form: str) -> ops.Stored:

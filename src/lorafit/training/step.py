@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorafit.adapter.dropout import Places
+from lorafit.adapter.variants.dora import lengths_kept
 from lorafit.data.batch import Pack
 from lorafit.model.head import Head, decoder_of
 from lorafit.training.loss import token_losses
@@ -63,10 +64,11 @@ def accumulate(
     places: Places | None = getattr(model, "lora_places", None)
     total = 0.0
     checkpoint_layers(model, checkpointed)
-    for pack in packs:
-        if places is not None:
-            places.set(seed, step, torch.from_numpy(pack.rows_T), torch.from_numpy(pack.positions_T))
-        loss = pack_losses(model, head, pack).sum()
-        (loss / trained).backward()
-        total += loss.item()
+    with lengths_kept(model):
+        for pack in packs:
+            if places is not None:
+                places.set(seed, step, torch.from_numpy(pack.rows_T), torch.from_numpy(pack.positions_T))
+            loss = pack_losses(model, head, pack).sum()
+            (loss / trained).backward()
+            total += loss.item()
     return total / trained
