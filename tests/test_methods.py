@@ -288,6 +288,38 @@ def test_a_merged_folder_has_the_new_tokens_whatever_the_base_is(kind, world, tm
     assert run("eval", tmp_path / "merged", world.test, "--json").code == 0
 
 
+@pytest.mark.parametrize("kind", ["gguf", "folder", "folder with spare rows"])
+def test_exports_have_the_new_tokens(kind, world, tmp_path, monkeypatch):
+    """`gguf-merged` holds them in its tokenizer and in rows of its embedding and head: text has the same ids and the
+    same logits in the file alone. `ollama` is made of such a file; `peft` has a tokenizer with them. (llama.cpp
+    loads no models this tiny.)"""
+    monkeypatch.setattr("lorafit.export.verify.find_spec", lambda name: None)
+    if kind == "gguf":
+        wide = tiny_model("llama", hidden_size=64, intermediate_size=96, tie_word_embeddings=False)
+        model = write_tiny_gguf(tmp_path / "model.gguf", wide, "llama", tiny_gguf_metadata(), "Q4_0")
+    else:
+        rows = load_tokenizer(world.model).vocab_size + (1 if "spare" in kind else 0)
+        model = save_folder(tiny_model("llama", vocab_size=rows), tmp_path / "model")
+    files = {"model": model, "data": world.data, "eval": world.test}
+    result = lorafit.train(out=tmp_path / "out", **{**QUICK, **files, "max_steps": 2, "new_tokens": ["ships", "<sql>"]})
+    for to in ("gguf-merged", "ollama", "peft"):
+        dtype = [] if to == "peft" else ["--dtype", "F32"]
+        done = run("export", model, result.adapter, "--to", to, *dtype, "--out", tmp_path / to)
+        assert done.code == 0, done.err
+    loaded = lorafit.load(model, adapter=result.adapter, compute="fp32")
+    ids = loaded.tokenizer("How many ships <sql>", return_tensors="pt", add_special_tokens=False).input_ids
+    for file in (tmp_path / "gguf-merged", tmp_path / "ollama" / "model.gguf"):
+        alone = lorafit.load(file, compute="fp32")
+        again = alone.tokenizer("How many ships <sql>", return_tensors="pt", add_special_tokens=False).input_ids
+        assert again.tolist() == ids.tolist()
+        with torch.no_grad():
+            theirs, ours = alone(input_ids=ids).logits, loaded(input_ids=ids).logits
+        assert float((theirs - ours).abs().max() / ours.abs().max()) < 1e-5
+    assert (tmp_path / "ollama" / "Modelfile").read_text().startswith("FROM ./model.gguf\nTEMPLATE")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "peft")
+    assert tokenizer("How many ships <sql>", add_special_tokens=False)["input_ids"] == ids[0].tolist()
+
+
 def test_new_tokens_are_refused_where_they_cannot_be(world, tmp_path):
     """One that is a token already; an adapter on a model that was not given its tokens; `eval` beside another one."""
     files = {"model": world.model, "data": world.data, "eval": world.test}
@@ -300,12 +332,12 @@ def test_new_tokens_are_refused_where_they_cannot_be(world, tmp_path):
     for words in (
         ("merge", "--as-adapter"),
         ("merge", result.adapter),
-        ("export", "--to", "peft"),
+        ("export", "--to", "portable"),
         ("export", "--to", "gguf"),
-        ("export", "--to", "gguf-merged"),
+        ("export", "--to", "mlx"),
     ):
         refused = run(words[0], world.model, result.adapter, *words[1:], "--out", tmp_path / "exported")
-        assert (refused.code, "adds 1 tokens, for which only a folder" in refused.err) == (2, True)
+        assert (refused.code, "adds 1 tokens, for which there is no room" in refused.err) == (2, True)
         assert not (tmp_path / "exported").exists()
     with pytest.raises(AdapterError, match="adds 1 tokens that the model's tokenizer was not given"):
         lorafit.load_adapter(lorafit.load(world.model, compute="fp32"), result.adapter)

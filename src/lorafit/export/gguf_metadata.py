@@ -19,6 +19,7 @@ from lorafit.formats.gguf_tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER
 from lorafit.formats.tokenizer import TextTokenizer
 
 UNUSED, BYTE = 5, 6
+GGML = "tokenizer.ggml."
 GRANITE = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
@@ -188,6 +189,22 @@ def tokenizer_metadata(tokenizer: TextTokenizer, rows: int, template: str) -> Me
     keys["tokenizer.ggml.add_space_prefix"] = (prefixed, "bool")
     _check_ids(tokenizer, keys)
     return keys
+
+
+def with_tokens(metadata: Metadata, tokenizer: TextTokenizer) -> Metadata:
+    """The keys of a GGUF file's tokenizer that change when it has the tokens added since."""
+    if not tokenizer.added:
+        return {}
+    named = [key for key in ("tokens", "token_type", "scores") if f"{GGML}{key}" in metadata]
+    lists = {key: list(metadata[f"{GGML}{key}"][0]) for key in named}
+    for token in tokenizer.added:
+        number = int(tokenizer.backend.token_to_id(token) or 0)
+        entry = {"tokens": token, "token_type": USER_DEFINED, "scores": 0.0}
+        for key, values in lists.items():
+            values[number : number + 1] = [entry[key]]  # a spare row's, or one more
+    changed = {f"{GGML}{key}": (values, metadata[f"{GGML}{key}"][1]) for key, values in lists.items()}
+    sizes = [key for key in metadata if key.endswith(".vocab_size")]
+    return changed | {key: (len(lists["tokens"]), metadata[key][1]) for key in sizes}
 
 
 def _tokens(tokenizer: TextTokenizer, content: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit import console
-from lorafit.adapter.merge import Change
+from lorafit.adapter.merge import EMBEDDING, Change, grown
 from lorafit.errors import ModelError
-from lorafit.export.gguf_metadata import Metadata, model_metadata, rope_factors, tokenizer_metadata
+from lorafit.export.gguf_metadata import Metadata, model_metadata, rope_factors, tokenizer_metadata, with_tokens
 from lorafit.export.merge import Rounding
 from lorafit.export.opened import Opened
 from lorafit.export.placement import GATE_UP, Placement, placement
@@ -58,10 +59,13 @@ class MergedFile:
         by_tensor = {entry.tensor: (name, entry) for name, entry in self.where.entries.items()}
         extra = None if base else self._rope_factors()
         self._check_names()
+        rows = {self.where.entries[name].tensor: count for name, count in grown(self.opened.model).items()
+                if name in self.where.entries}  # fmt: skip
         plan: dict[str, tuple[tuple[int, ...], str]] = {}
         for tensor in base.tensors if base else by_tensor:
             shape = base.tensors[tensor].shape if base else by_tensor[tensor][1].shape
             shape = (shape[0], shape[2]) if tensor.endswith(CONVOLUTION) and len(shape) == 3 else shape
+            shape = (rows.get(tensor, shape[0]), *shape[1:])
             plan[tensor] = (shape, self._format(tensor, shape))
         if extra is not None:
             plan[ROPE_FACTORS] = (extra.shape, "F32")
@@ -90,6 +94,8 @@ class MergedFile:
         """(a tensor of the base, what the adapter adds to it or None), fp32; experts' gate and up out of their one."""
         whole = _whole(name)
         values, change = self.opened.load(whole).float(), self.changes.get(whole)
+        rows = grown(self.opened.model).get(whole, len(values))
+        values = F.pad(values, (0, 0, 0, rows - len(values))) if rows > len(values) else values
         update = None if change is None else change(values)
         stack = self.opened.stack(whole)
         if stack is None:
@@ -113,9 +119,11 @@ class MergedFile:
         if base is not None:
             kept = {key: value for key, value in base.metadata.items() if not key.startswith(DROPPED)}
             found: Metadata = {key: (value, base.types[key]) for key, value in kept.items()}
+            found |= with_tokens(found, self.opened.tokenizer)
         else:
-            found = model_metadata(self.where.architecture, self._config(), self.opened.path.name)
-            rows = self.opened.source.shapes["model.embed_tokens.weight"][0]
+            rows = grown(self.opened.model).get(EMBEDDING, self.opened.source.shapes[EMBEDDING][0])
+            config = {**self._config(), "vocab_size": rows}
+            found = model_metadata(self.where.architecture, config, self.opened.path.name)
             found |= tokenizer_metadata(self.opened.tokenizer, rows, template)
         found["general.file_type"] = (FILE_TYPES[self.kind], "uint32")
         if self.kind.startswith("Q"):
@@ -146,6 +154,7 @@ class MergedFile:
     def _check_config(self, path: Path) -> None:
         """The written file must describe the model that it was made of."""
         ours = self._config()
+        ours["vocab_size"] = grown(self.opened.model).get(EMBEDDING, ours["vocab_size"])
         try:
             theirs = hf_config(read_gguf(path))
         except ModelError as error:

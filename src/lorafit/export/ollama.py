@@ -103,9 +103,10 @@ def _cut(text: str, marks: list[str]) -> list[str] | None:
     return [*pieces, text]
 
 
-def modelfile(tokenizer: TextTokenizer, base: str, adapter: str) -> tuple[str, bool]:
-    """(the Modelfile's text, whether the chat template could be translated); base, adapter: paths as written there."""
-    lines = [f"FROM {base}", f"ADAPTER {adapter}"]
+def modelfile(tokenizer: TextTokenizer, base: str, adapter: str | None) -> tuple[str, bool]:
+    """(the Modelfile's text, whether the chat template could be translated); base, adapter: paths as written there, the
+    adapter None where it is merged into the base."""
+    lines = [f"FROM {base}", *([f"ADAPTER {adapter}"] if adapter else [])]
     found = frames(tokenizer)
     if found is not None:
         lines.append(f'TEMPLATE """{found.go()}"""')

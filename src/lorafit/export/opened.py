@@ -38,13 +38,17 @@ class Part:
     low_rank: dict[str, LowRank]
     """Its factors by layer."""
 
+    @property
+    def more(self) -> list[str]:
+        """The tensors that it changes by more than a low-rank update."""
+        named = self.low_rank.keys() | {f"{layer}.weight" for layer in self.low_rank}
+        return sorted(self.changes.keys() - named)
+
     def refuse_more(self) -> None:
         """Raise AdapterError when it is more than low-rank updates, which are all that other layouts hold."""
-        named = self.low_rank.keys() | {f"{layer}.weight" for layer in self.low_rank}
-        more = sorted(self.changes.keys() - named)
-        if more:
-            what = f"changes {more[0]} in a way that is no low-rank update of a linear layer"
-            raise AdapterError(str(self.folder), what, "export it to peft or gguf-merged, or merge it")
+        if self.more:
+            what = f"changes {self.more[0]} in a way that is no low-rank update of a linear layer"
+            raise AdapterError(str(self.folder), what, "export it to peft, gguf-merged or ollama, or merge it")
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,8 @@ def open_model(
             raise ConfigError(str(folder), "does not exist", "give an adapter's folder")
         added = tokens_of(folder)
         if added and not (grows and len(folders) == 1):
-            what = f"adds {len(added)} tokens, for which only a folder of this adapter and its base has room"
-            raise AdapterError(str(folder), what, "merge it alone, or use it in PEFT as its README.md says")
+            what = f"adds {len(added)} tokens, for which there is no room beside another adapter or in A and B alone"
+            raise AdapterError(str(folder), what, "merge it alone, or export it to peft, gguf-merged or ollama")
     source = open_source(path)
     settled = settle_for_machine(Resolved(TrainConfig(threads=threads)), source.quantised).config
     torch.set_num_threads(int(settled.threads or 1))

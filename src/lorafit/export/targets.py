@@ -44,6 +44,7 @@ from lorafit.formats.folders import commit, commit_file
 from lorafit.model.load import build
 from lorafit.model.sources import open_source
 
+WITH_ROOM = ("peft", "gguf-merged", "ollama")  # targets that have room for new tokens
 MOST = 4_000_000_000  # bytes of a base that is converted to GGUF only to verify an adapter on it
 
 
@@ -84,7 +85,7 @@ def export(
     refuse_existing(path, "--out")
     if kind != "auto" and to not in ("gguf-merged", "ollama"):
         raise ConfigError("--dtype", f"is {kind}, and {to} has fp32 adapters alone", "leave it out")
-    opened = open_model(model, [adapter], template, threads)
+    opened = open_model(model, [adapter], template, threads, grows=to in WITH_ROOM)
     found = probes(opened.tokenizer, data, int(opened.model.config.max_position_embeddings))
     job = Job(opened, opened.parts[0].low_rank, found, ours(opened.model, found, adapter), path, kind)
     return {"to": to, "out": str(path), **WRITERS[to](job)}
@@ -168,16 +169,15 @@ def _on_base(job: Job, adapter: Path) -> Verdict | None:
 
 def _gguf_merged(job: Job) -> dict[str, Any]:
     """Base and adapter in one GGUF file."""
-    kind = _merged_kind(job)
-    rounding = Rounding()
     told: dict[str, Any] = {}
+    commit_file(job.out, lambda path: told.update(_write_merged(job, path)))
+    return told
 
-    def write(path: Path) -> None:
-        merged_file(job.opened, kind, job.opened.parts[0].changes, rounding).write(path)
-        told.update(_merged_verdict(job, path, kind))
 
-    commit_file(job.out, write)
-    return {"dtype": kind, **rounding.facts(), **told}
+def _write_merged(job: Job, path: Path) -> dict[str, Any]:
+    kind, rounding = _merged_kind(job), Rounding()
+    merged_file(job.opened, kind, job.opened.parts[0].changes, rounding).write(path)
+    return {"dtype": kind, **rounding.facts(), **_merged_verdict(job, path, kind)}
 
 
 def _merged_kind(job: Job) -> str:
@@ -195,26 +195,30 @@ def _merged_verdict(job: Job, path: Path, kind: str) -> dict[str, Any]:
 
 
 def _ollama(job: Job) -> dict[str, Any]:
-    """A folder with Modelfile and adapter, and the base where it is no GGUF file yet."""
-    verdicts: list[Verdict | None] = []
-    translated: list[bool] = []
+    """A folder with Modelfile and adapter, and the base where it is no GGUF file yet; an adapter that is more than A
+    and B is merged into it."""
+    told: dict[str, Any] = {}
 
     def write(path: Path) -> None:
         with nothing_left(path):
-            base = str(job.opened.path.resolve())
-            if job.opened.path.is_dir():
-                base = "./base.gguf"
-                merged_file(job.opened, _merged_kind(job), {}, Rounding()).write(path / "base.gguf")
-            verdicts.append(_write_gguf(job, path / "adapter.gguf"))
-            text, known = modelfile(job.opened.tokenizer, base, "./adapter.gguf")
-            translated.append(known)
+            base, adapter = str(job.opened.path.resolve()), None
+            if job.opened.parts[0].more:
+                base = "./model.gguf"
+                told.update(_write_merged(job, path / "model.gguf"))
+            else:
+                adapter = "./adapter.gguf"
+                if job.opened.path.is_dir():
+                    base = "./base.gguf"
+                    merged_file(job.opened, _merged_kind(job), {}, Rounding()).write(path / "base.gguf")
+                told.update(_told(job, _write_gguf(job, path / "adapter.gguf"), "llama.cpp", "xllamacpp"))
+            text, told["template"] = modelfile(job.opened.tokenizer, base, adapter)
             (path / "Modelfile").write_text(text, encoding="utf-8")
             (path / TEMPLATE_FILE).write_text(job.opened.template, encoding="utf-8")
 
     commit(job.out, write, manifest=False)
-    if not translated[0]:
+    if not told["template"]:
         console.warn("the chat template has no simple form in Ollama's language: Ollama takes the base's own")
-    return {"template": translated[0], **_told(job, verdicts[0], "llama.cpp", "xllamacpp")}
+    return told
 
 
 def _mlx(job: Job) -> dict[str, Any]:

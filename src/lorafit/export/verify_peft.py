@@ -10,6 +10,7 @@ from typing import Any
 from torch import Size
 
 from lorafit import console, machine
+from lorafit.adapter.merge import grown
 from lorafit.errors import AdapterError
 from lorafit.export.opened import Opened
 from lorafit.export.probes import Probe
@@ -27,7 +28,10 @@ def against_peft(opened: Opened, mine: Ours, found: Sequence[Probe], folder: Pat
         return None
     import peft
 
-    model: Any = peft.PeftModel.from_pretrained(plain_model(opened.source, opened.load), folder).eval()
+    plain = plain_model(opened.source, opened.load)
+    if grown(opened.model):
+        plain.resize_token_embeddings(max(grown(opened.model).values()))
+    model: Any = peft.PeftModel.from_pretrained(plain, folder).eval()
     loaded = {name for name, _ in model.named_parameters() if ".lora_" in name}
     if not loaded:
         raise AdapterError(place, "PEFT finds no layer for it", OURS)
