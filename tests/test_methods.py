@@ -129,6 +129,21 @@ def test_the_output_says_what_is_computed_how(world, tmp_path):
     assert "transformers' own" not in dora.err + pissa.err
 
 
+@pytest.mark.parametrize(("init", "words"), [("pissa", "PiSSA"), ("loftq", "LoftQ"), ("eva", "EVA")])
+def test_an_adapter_says_how_it_started(init, words, world, tmp_path, monkeypatch):
+    """The run's output, `info` and the model card; of a run that was stopped and went on too."""
+    wide = save_folder(tiny_model("llama", hidden_size=64, intermediate_size=128), tmp_path / "wide")
+    files = {"model": wide, "data": world.data, "eval": world.test, "base": "nf4", "init": init}
+    stop_after(1, monkeypatch)
+    with pytest.raises(Interrupted):
+        lorafit.train(out=tmp_path / "out", **{**QUICK, **files, "max_steps": 2, "save_every": 1, "rank": 4})
+    monkeypatch.undo()
+    resume(tmp_path / "out")
+    adapter = tmp_path / "out" / "adapter"
+    assert run("info", adapter, "--json").json["method"] == f"rank 4, alpha 32, {words}"
+    assert f"LoRA: rank 4, alpha 32, {words}; trained" in (adapter / "README.md").read_text()
+
+
 REFUSED = {
     "pissa from an adapter": (
         ["--init", "pissa", "--init-adapter", "x"],

@@ -121,6 +121,7 @@ def prepare(resolved: Resolved, *, resumed: bool = False) -> Job:
         # a checkpoint has what EVA's start has become
         begun = config.init == "eva" and resumed and Checkpoints(Path(config.out)).newest()[0] is not None
         _attach(base, read, replace(config, init="default") if begun else config)
+        base.model.lora_init = config.init  # type: ignore[assignment]  # what the card says
     identity = identity_of(config, base_digest, tokenizer)
     rows = read.data, read.training, read.evaluation
     return Job(resolved, read.plan, base, *rows, identity, read.prediction, read.source.bytes_by_format())

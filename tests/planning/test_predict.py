@@ -249,3 +249,13 @@ def test_kinds_of_adapters_that_take_longer_are_said_to():
     own = replace(clocks[1], model=replace(clocks[1].model, kind="phi3"), _layers={})
     assert own.pack(pack) > 1.5 * plain
     assert clocks[2].load() > clocks[0].load() == clocks[1].load()
+    assert settled(init="loftq")[1].clock.load() == clocks[2].load()
+
+
+def test_evas_start_is_counted():
+    """Rows run through the model before step 1, at most 4,096 tokens, and the inputs of each group are decomposed."""
+    plain, eva = (settled(init=init)[1] for init in ("default", "eva"))
+    assert (plain.work.looked, eva.work.looked) == (0, min(4096, eva.work.looked))
+    started = eva.clock.looking(eva.work)
+    assert started > eva.clock.pack(Pack(eva.work.looked, 0, 1.0), trains=False)
+    assert eva.clock.whole(eva.work) == pytest.approx(plain.clock.whole(plain.work) + started)

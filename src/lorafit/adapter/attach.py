@@ -194,7 +194,7 @@ def attach(
     for layer in model.modules():
         if isinstance(layer, DoraLinear):
             layer.start()
-    model.lora_places = places  # type: ignore[assignment]
+    model.lora_places, model.lora_init = places, init  # type: ignore[assignment]
     return model
 
 

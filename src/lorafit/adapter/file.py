@@ -127,7 +127,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     for path, tensors in found.items():
         _put(model, path, tensors, config, places)  # a file's path
     _tie(model)
-    model.lora_places = places  # type: ignore[assignment]
+    model.lora_places, model.lora_init = places, "default"  # type: ignore[assignment]
     return notes
 
 

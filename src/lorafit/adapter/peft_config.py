@@ -24,6 +24,7 @@ from lorafit.adapter.variants.vocabulary import LoraEmbedding, TokenEmbedding, T
 from lorafit.errors import AdapterError
 
 Layer = TypeVar("Layer", bound=nn.Module)
+STARTS = {"pissa": "PiSSA", "loftq": "LoftQ", "eva": "EVA"}
 MAX_RANK = 4096
 SEQUENCES = (list, tuple)
 LORA = (LoraLinear, LoraEmbedding, LoraStack, LoraRouter)
@@ -120,7 +121,8 @@ def method_of(model: nn.Module) -> str:
     """The adapter on `model` in words: rank, alpha, and its kind."""
     layers = adapted(model)
     adapters = [layer.adapter for layer in layers.values() if isinstance(layer, LORA)]
-    kinds = {"PiSSA"} if any(adapter.width != adapter.rank for adapter in adapters) else set()
+    pissa = any(adapter.width != adapter.rank for adapter in adapters)
+    start = STARTS.get("pissa" if pissa else getattr(model, "lora_init", "default"))
     facts = {
         "r": Counter(adapter.rank for adapter in adapters).most_common(1)[0][0],
         "lora_alpha": Counter(adapter.alpha for adapter in adapters).most_common(1)[0][0],
@@ -132,7 +134,7 @@ def method_of(model: nn.Module) -> str:
         "modules_to_save": [path.rsplit(".", 1)[-1] for path, layer in layers.items() if isinstance(layer, WHOLE)],
         "trainable_token_indices": next((layer.ids for layer in layers.values() if isinstance(layer, ROWS)), []),
     }
-    return ", ".join([in_words(facts), *kinds])
+    return ", ".join([in_words(facts), *([start] if start else [])])
 
 
 def in_words(config: Mapping[str, Any]) -> str:

@@ -60,6 +60,8 @@ class Work:
     samples: int = 0
     prompts: int = 0
     """Tokens of the samples' prompts."""
+    looked: int = 0
+    """Tokens that EVA's start looks at."""
 
 
 @dataclass
@@ -108,9 +110,23 @@ class Clock:
                 total += matrix.weights * 1.2e-9  # read and written once
                 total += matrix.weights * self.speeds.unpack(matrix.format) if self.model.quantised else 0.0
                 total += matrix.weights * self.speeds.quantise(self.use.base) if self.use.base in ("nf4", "int8") else 0
-        if self.use.pissa:
+        if self.use.init in ("pissa", "loftq"):
             total += self.speeds.start() * sum(m.weights for m in self.model.adapted(self.use.targets))
         return total
+
+    def looking(self, work: Work) -> float:
+        """Seconds of EVA's start: rows go through the model, and the inputs of each group of layers are decomposed."""
+        if not work.looked:
+            return 0.0
+        rows = work.steps[0][0].length if work.steps and work.steps[0] else work.looked
+        inputs = sum(
+            columns * active
+            for layer in self.model.layers
+            for _, columns, ranks, active in _products(layer, self._ranks, 1)
+            if ranks
+        )
+        decomposed = work.looked * inputs * self.speeds.inputs(self.use.rank)
+        return self.pack(Pack(work.looked, 0, rows), trains=False) + decomposed
 
     def samples(self, work: Work) -> float:
         """Seconds of the report's answers."""
@@ -128,6 +144,7 @@ class Clock:
         """Seconds from here to the end of the command: nothing is loaded yet."""
         return (
             self.load()
+            + self.looking(work)
             + self.steps(work)
             + (work.evaluations + 2) * self.evaluation(work)  # the report measures base and adapter once more
             + work.saves * self.save()

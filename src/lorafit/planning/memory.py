@@ -28,6 +28,7 @@ from lorafit.frozen.weight import BLOCK_WEIGHTS
 from lorafit.planning.outline import DOWN, FLOAT_BYTES, NF4_BITS, OUT, Layer, Matrix, Outline
 from lorafit.training.loss import BLOCK_WEIGHTS as HEAD_WEIGHTS
 from lorafit.training.loss import CHUNK_BYTES
+from lorafit.training.sample import PACK
 
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 WARM = {"bf16": 90_000_000, "fp32": 220_000_000}
@@ -70,8 +71,9 @@ class Use:
     """--method full: every weight is trained, and rank is 0."""
     dora: bool = False
     """Whether outputs of products have gains, whose gradients need them."""
-    pissa: bool = False
-    """Whether adapters have the start that they are measured from beside them, and twice the rank in products."""
+    init: str = "default"
+    """How adapters start. Of PiSSA they have the start that they are measured from beside them, and twice the rank in
+    products; of EVA rows run through the model before the first step."""
     pattern: tuple[tuple[str, int], ...] = ()
     """--rank-pattern."""
     bias: str = "none"
@@ -81,6 +83,10 @@ class Use:
     """Tokens whose rows of embedding and head are trained."""
     evaluated: int = 0
     """Tokens of the largest pack in evaluation, where no layer keeps anything."""
+
+    @property
+    def pissa(self) -> bool:
+        return self.init == "pissa"
 
     @property
     def size(self) -> int:
@@ -260,7 +266,8 @@ def activations(model: Outline, use: Use) -> int:
     kept = max(sum(rest), *first) if first else sum(rest)
     ends = 3 * model.hidden * use.size  # the embedding's rows, the last norm's output, its gradient
     trains = use.tokens * (kept + len(first) * model.hidden * use.size + around + ends)
-    return max(trains, use.evaluated * (max(each, default=0) + around + ends))
+    alone = max(use.evaluated, PACK if use.init == "eva" else 0)
+    return max(trains, alone * (max(each, default=0) + around + ends))
 
 
 @cache

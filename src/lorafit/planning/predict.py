@@ -19,6 +19,7 @@ from lorafit.planning.memory import OPTIMIZER, Memory, Use, casts, parameters
 from lorafit.planning.outline import Outline
 from lorafit.planning.speeds import Speeds
 from lorafit.training.loop import Plan, step_rows
+from lorafit.training.sample import TOKENS
 
 SEEN = 400  # optimizer steps whose packs are worked out; they stand for those of a longer run
 SAMPLES = 4  # answers in the report
@@ -184,7 +185,7 @@ def _use(config: TrainConfig, rows: Rows) -> Use:
         paged=config.paging == "on",
         full=config.method == "full",
         dora=config.use_dora,
-        pissa=config.init == "pissa",
+        init=config.init,
         pattern=tuple((name, int(value)) for name, value in pattern(config.rank_pattern).items()),
         bias=config.bias,
         whole=config.modules_to_save,
@@ -278,6 +279,7 @@ def _work(config: TrainConfig, plan: Plan, rows: Rows, few: int = SEEN) -> Work:
         saves=-(-plan.steps // every),
         samples=len(asked),
         prompts=sum(list(row.trained).index(True) for row in asked),
+        looked=min(TOKENS, sum(map(_length, rows.training))) if config.init == "eva" else 0,
     )
 
 

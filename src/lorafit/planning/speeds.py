@@ -28,7 +28,8 @@ from lorafit.adapter.experts import put_on_experts
 from lorafit.adapter.group import Group
 from lorafit.adapter.lora import LoraAdapter, LoraLinear
 from lorafit.adapter.variants.dora import multiply, multiply_backward
-from lorafit.adapter.variants.svd import leading_pair
+from lorafit.adapter.variants.eva import EXACT
+from lorafit.adapter.variants.svd import MORE, leading, leading_pair
 from lorafit.data.cache import folder_of
 from lorafit.frozen.dense import DenseWeight
 from lorafit.frozen.linear import FrozenLinear
@@ -39,6 +40,7 @@ from lorafit.kernels.attention import Rules, attend, attend_backward
 from lorafit.kernels.layer import entropy
 from lorafit.kernels.product import product
 from lorafit.model.experts import Experts, Halves, Kind
+from lorafit.training.sample import PACK
 
 TIMES = 5
 SQUARE = 768  # rows and columns of the matrix that PiSSA's start is measured on
@@ -166,6 +168,15 @@ class Speeds:
     def start(self) -> float:
         """Seconds a weight to find the largest singular part of a matrix, as PiSSA starts."""
         return self.of("start", _start)
+
+    def inputs(self, rank: int) -> float:
+        """Seconds a number to find the largest directions of a pack's inputs, as EVA starts."""
+        return self.of(f"inputs r{rank}", lambda: _inputs(rank))
+
+
+def _inputs(rank: int) -> float:
+    x, generator = torch.randn(PACK + rank + MORE, SQUARE), torch.Generator().manual_seed(0)
+    return _usual(lambda: leading(x, rank + MORE, generator, EXACT)) / (PACK * SQUARE)
 
 
 def _start() -> float:
