@@ -112,6 +112,10 @@ PEFTS = {
     "head": ("qwen2", {"target_modules": ["v_proj", "lm_head"]}),
     "whole": ("llama", {"modules_to_save": ["lm_head"]}),
     "whole, both of a tied pair apart": ("qwen2", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "whole, a tied pair as one": (
+        "qwen2",
+        {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
     "rows": ("llama", {"trainable_token_indices": [9, 31]}),
     "rows of both": ("llama", {"trainable_token_indices": {"embed_tokens": [9, 31], "lm_head": [5, 9]}}),
     "rows, tied": ("gemma3_text", {"trainable_token_indices": [9, 31]}),

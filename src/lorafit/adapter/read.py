@@ -94,8 +94,11 @@ def _wanted_vocabulary(
     layers = by_file_path(model, vocabulary(model))
     wanted: dict[str, dict[str, tuple[int, ...]]] = {}
     named = list(layers)
+    saved = config.get("modules_to_save") or []
+    if saved and config.get("ensure_weight_tying") and tied(model):  # PEFT names the one and saves both
+        saved = named
     for key, names in (
-        ("modules_to_save", config.get("modules_to_save") or []),
+        ("modules_to_save", saved),
         ("trainable_token_indices", token_indices(config)),
     ):
         for name in names:
