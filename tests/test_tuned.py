@@ -81,9 +81,9 @@ def test_a_tied_matrix_is_stored_once_and_learns_from_both_ends(tmp_path):
     assert moved.all()  # the head moves every row, each a little, through the softmax
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "llama4_text", "deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "llama4_text", "deepseek_v3", "qwen3_next", "gpt_oss"])
 def test_a_mixture_is_trained_whole(family, world, tmp_path):
-    """Experts and router move with everything else; transformers loads the model with the same logits."""
+    """Experts, router and sinks move with everything else; transformers loads the model with the same logits."""
     folder = save_folder(tiny_model(family), tmp_path / "model")
     files = {"model": folder, "data": world.data, "eval": world.test, "out": tmp_path / "out"}
     result = lorafit.train(**files, compute="fp32", **QUICK)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lorafit.kernels import plain
 from lorafit.model.attention import document_attention
 
 
@@ -67,3 +68,19 @@ def test_the_newest_query_sees_no_column_that_its_row_has_not_filled(window):
     for row, start in enumerate(starts):
         part = [t[row : row + 1, :, start:] for t in (q, k, v)]
         assert torch.allclose(got[row, 0], by_hand(*part, (0, 7 - start), window)[0, -1], atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("documents", [(0, 12), (0, 5, 6, 12)])
+def test_sinks_get_their_gradient(documents, window):
+    """gpt-oss's sinks, trained: their gradient, and those of q, k and v, are the written-out softmax's in fp64."""
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, 12, 8, requires_grad=True) for heads in (4, 2, 2)]
+    sinks, weights = torch.randn(4, requires_grad=True), torch.randn(12, 4, 8)
+    got, _ = document_attention(None, *given, None, 1 / math.sqrt(8), window, documents, s_aux=sinks)
+    ours = torch.autograd.grad((got[0] * weights).sum(), [*given, sinks])
+    wide = [tensor.detach().double().requires_grad_() for tensor in (*given, sinks)]
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in wide[:3])
+    out, _ = plain.attention(q, k, v, documents, 1 / math.sqrt(8), window, sinks_H=wide[3])
+    for mine, exact in zip(ours, torch.autograd.grad((out * weights).sum(), wide), strict=True):
+        assert (mine - exact).norm() <= 1e-5 * exact.norm()

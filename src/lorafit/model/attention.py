@@ -9,6 +9,7 @@ over more keys is a step of decoding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -63,9 +64,8 @@ def document_attention(
     if width < dim:
         value_BKSD = F.pad(value_BKSD, (0, dim - width))
     q, k, v = (x.transpose(1, 2).contiguous().view(batch * length, -1, dim) for x in (query_BHTD, key_BKSD, value_BKSD))
-    sinks = None if s_aux is None else s_aux.detach().float()
-    rules = Rules(dim**-0.5 if scaling is None else scaling, sliding_window, sinks_H=sinks)
-    out: Tensor = _WithinDocuments.apply(q, k, v, bounds, rules)
+    rules = Rules(dim**-0.5 if scaling is None else scaling, sliding_window)
+    out: Tensor = _WithinDocuments.apply(q, k, v, bounds, rules, None if s_aux is None else s_aux.float())
     return out.view(batch, length, heads, dim)[..., :width], None
 
 
@@ -98,11 +98,17 @@ def _tempered(module: Any, query_BHTD: Tensor, places: Callable[[], Tensor]) -> 
 
 
 class _WithinDocuments(torch.autograd.Function):
-    """Our kernels under autograd: q (T, H, D), k and v (T, K, D) -> (T, H, D)."""
+    """Our kernels under autograd: q (T, H, D), k and v (T, K, D) -> (T, H, D).
+
+    A sink s (H,) fp32 has the share exp(s - lse) of each token's softmax and a value of zero, so that its gradient is
+    minus the sum over tokens of this share times dO . O.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: tuple[int, ...], rules: Rules) -> Tensor:
-        out = torch.empty_like(q)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: tuple[int, ...], rules: Rules, sinks: Tensor | None
+    ) -> Tensor:
+        out, rules = torch.empty_like(q), replace(rules, sinks_H=sinks)
         lse = attend(q, k, v, documents, rules, out)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.documents, ctx.rules = documents, rules
@@ -113,7 +119,11 @@ class _WithinDocuments(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (q, k, v)]
         attend_backward(grad.contiguous(), q, k, v, out, lse, ctx.documents, ctx.rules, *grads)
-        return (*grads, None, None)
+        of_sinks = None
+        if ctx.needs_input_grad[5]:
+            shares_HT = torch.exp(ctx.rules.sinks_H[:, None] - lse)
+            of_sinks = -(shares_HT * (grad.float() * out).sum(-1).T).sum(1)
+        return (*grads, None, None, of_sinks)
 
 
 def _newest(
