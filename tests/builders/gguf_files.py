@@ -95,7 +95,7 @@ def _model_metadata(model: PreTrainedModel, arch: str) -> dict[str, Any]:
 
 def _own_metadata(config: Any, arch: str) -> dict[str, Any]:
     """What the converter of one family writes besides."""
-    rope = config.rope_parameters
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     metadata: dict[str, Any] = {}
     if rope.get("rope_type") == "yarn":
         metadata |= {

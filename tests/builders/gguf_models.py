@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from builders.architectures import tiny
+from builders.gguf_experts import ARCHITECTURES as MIXTURES
+from builders.gguf_experts import write_moe_gguf
 from builders.gguf_files import ARCHITECTURES, write_tiny_gguf
+from builders.models import OWN, YARN, tiny_model
 from builders.tokenizers_tiny import tiny_gguf_metadata
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_config import hf_config
@@ -16,6 +20,17 @@ from lorafit.formats.gguf_linear import arrange
 from lorafit.formats.names import entries
 
 GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
+LATENT = ("deepseek_v3", "mistral4")  # whose attention takes no adapter in llama.cpp
+FAMILIES = (
+    "llama", "qwen3", "gemma3_text", "ministral3", "qwen2", "mistral", "smollm3", "granite", "qwen3_5_text", "phi3",
+    "olmo2", "olmo3", "qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "granitemoe", "llama4_text", "qwen3_5_moe_text",
+    "qwen3_next", "gpt_oss", *LATENT,
+)  # fmt: skip
+"""What GGUF knows, and is exported to."""
+OLMO3_ROPE = {
+    "full_attention": {key: value for key, value in YARN.items() if "mscale" not in key and "llama_4" not in key},
+    "sliding_attention": {"rope_type": "default", "rope_theta": YARN["rope_theta"]},
+}
 IDS = torch.tensor([[1, 7, 300, 5, 9, 301, 2, 11, 4]])
 
 
@@ -35,3 +50,33 @@ def from_gguf(file: GgufFile) -> PreTrainedModel:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True)
     return model
+
+
+def tiny_of(family: str, **changes: Any) -> PreTrainedModel:
+    """A tiny model as llama.cpp has it, which chooses windows, chunks and layers without rotation for some families.
+
+    Linear attention's decays are weaker than transformers' first ones, whose logarithms add up to hundreds within a
+    chunk: their fp32 sums would be the largest error by far (docs/export.md).
+    """
+    own = {
+        "llama4_text": {"attention_chunk_size": 8192, "floor_scale": 8192},
+        "mistral": {"sliding_window": None},
+        "olmo3": {"rope_parameters": OLMO3_ROPE},
+        "phi3": {"sliding_window": None},
+        "smollm3": {"num_hidden_layers": 4, "no_rope_layers": None},
+    }
+    make = tiny_model if family in OWN and family != "llama4_text" else tiny
+    model = make(family, **own.get(family, {}), **changes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".A_log"):
+                parameter.sub_(4)
+    return model
+
+
+def written(model: PreTrainedModel, path: Path) -> Path:
+    """The model as a GGUF file, by the builder of its family."""
+    kind = model.config.model_type
+    if kind in MIXTURES:
+        return write_moe_gguf(path, model)
+    return write_tiny_gguf(path, model, ARCHITECTURES[kind], tiny_gguf_metadata())

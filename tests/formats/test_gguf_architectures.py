@@ -8,18 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from builders.architectures import YARN, tiny
+from builders.architectures import tiny
 from builders.gguf_files import gguf_bytes, number_key, string_key, tensor_info
 from builders.gguf_linear import KINDS as LINEAR
 from builders.gguf_linear import ROUNDED
-from builders.gguf_models import IDS, as_gguf, from_gguf
+from builders.gguf_models import IDS, OLMO3_ROPE, as_gguf, from_gguf
 from lorafit.errors import ModelError
 from lorafit.formats import names
 from lorafit.formats.gguf import read_gguf
 from lorafit.formats.gguf_config import hf_config
 from lorafit.formats.gguf_linear import arrange
 
-YARN_OF_OLMO = {key: value for key, value in YARN.items() if "mscale" not in key and "llama_4" not in key}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("granite", {}),
@@ -32,7 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
          "rope_parameters": PARTIAL},
     ),
     "olmo2": ("olmo2", {}),
-    "olmo3": ("olmo3", {"rope_parameters": YARN_OF_OLMO}),
+    "olmo3": ("olmo3", {"rope_parameters": OLMO3_ROPE}),
     "qwen3.5": ("qwen3_5_text", {}),
     "qwen3.5, no groups": ("qwen3_5_text", {"linear_num_key_heads": 4}),
 }  # fmt: skip

@@ -96,7 +96,8 @@ def _mistral3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _olmo2(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """OLMo 3 where there is a sliding window, which every fourth layer has not if the file does not say which."""
+    """OLMo 3 where there is a sliding window, which every fourth layer has not if the file does not say which. Layers
+    with a window rotate without scaling, in llama.cpp as in transformers."""
     window = gguf.value("olmo2.attention.sliding_window", int, 0)
     if not window:
         return {}
@@ -109,6 +110,10 @@ def _olmo2(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         "model_type": "olmo3",
         "sliding_window": count(gguf, "olmo2.attention.sliding_window"),
         "layer_types": ["sliding_attention" if one else "full_attention" for one in slides],
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]},
+        },
     }
 
 
