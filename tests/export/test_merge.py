@@ -13,7 +13,7 @@ from builders.adapters import logits, write_adapter
 from builders.commands import run
 from builders.gguf_files import write_tiny_gguf
 from builders.models import save_folder, tiny_model
-from builders.tokenizers_tiny import tiny_gguf_metadata
+from builders.tokenizers_tiny import VOCABULARY, tiny_gguf_metadata
 from lorafit.export import merge as merging
 from lorafit.formats.safetensors import INDEX, open_folder
 
@@ -51,6 +51,18 @@ def test_merged_is_unmerged(family, tmp_path):
     made, own = (PreTrainedTokenizerFast.from_pretrained(tmp_path / name) for name in ("merged", "model"))
     assert made(text)["input_ids"] == own(text)["input_ids"]
     assert made.chat_template == own.chat_template
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_mixture_whose_choices_change_is_merged(dtype, tmp_path):
+    """Rounding Mixtral's weights to 16 bits sends tokens to other experts, which moves log-probabilities by more than
+    half of what a weak adapter does: no error, as no weight is further off than rounding; said."""
+    wide = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96}
+    model = save_folder(tiny_model("mixtral", **wide), tmp_path / "model")
+    adapter = write_adapter(model, tmp_path / "a", spread=0.01, targets=["all-linear", "experts"])
+    done = run("merge", model, adapter, "--out", tmp_path / "merged", "--dtype", dtype, "--json")
+    assert done.code == 0, done.err
+    assert "a finer --dtype keeps more of it" in done.err
 
 
 def test_a_quantised_gguf_becomes_a_plain_folder(tmp_path):

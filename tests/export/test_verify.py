@@ -11,7 +11,7 @@ from builders.models import frozen, tiny_model
 from builders.tokenizers_tiny import tiny_tokenizer
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.export.probes import LENGTH, Probe, log_probabilities, probes
-from lorafit.export.verify import Gap, Verdict, floor
+from lorafit.export.verify import Gap, Ours, Verdict, floor, rounding_facts, rounding_steps
 
 
 def verdict(adapted: float, base: float = 0.0, effect: float = 0.0, size: float = 1.0, limit: float = 0.001) -> Verdict:
@@ -47,6 +47,22 @@ def test_floors_rise_with_what_is_rounded():
     """In F32 only the order of sums is left; formats whose activations are rounded explain more."""
     assert floor("F32") == 0.005
     assert floor("F32") < floor("F16") <= floor("BF16") < floor("Q8_0") < floor("Q4_1") == floor("Q6_K")
+
+
+def test_rounding_explains_what_its_steps_explain():
+    """A 16-bit file that is off by half of the effect is an error, unless no weight is further off than rounding to the
+    format takes it: by torch's own rounding, numbers below the format's normal ones too, and not by a step more."""
+    mine = Ours(torch.zeros(2, 3), torch.ones(2, 3))
+    with pytest.raises(AdapterError, match=r"of the merged model differ by 0.7 .*, and the adapter's effect is 1;"):
+        rounding_facts(mine, torch.full((2, 3), 1.7), "BF16", "out", lambda: 1.5)
+    told = rounding_facts(mine, torch.full((2, 3), 1.7), "BF16", "out", lambda: 1.0)
+    assert told["rounding_difference_rms"] == pytest.approx(0.7)
+    exact = torch.randn(64, 64) * torch.logspace(-9, 2, 64)
+    for kind, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        stored = exact.to(dtype)
+        assert 0.4 < rounding_steps([(exact, stored)], kind) <= 1
+        assert rounding_steps([(exact, stored), (exact, exact.roll(1, 0).to(dtype))], kind) > 100
+        assert rounding_steps([(exact, stored.float() * 1.01)], kind) > 1
 
 
 def test_rows_begin_answers_and_go_on(tmp_path):

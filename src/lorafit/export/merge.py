@@ -36,11 +36,9 @@ from lorafit.export.opened import EXACT, Opened, Part, about, open_model
 from lorafit.export.paths import nothing_left, refuse_existing
 from lorafit.export.probes import log_probabilities, probes
 from lorafit.export.text_files import write_config, write_tokenizer
-from lorafit.export.verify import ours, rounding_facts
+from lorafit.export.verify import ours, rounding_facts, rounding_steps
 from lorafit.formats.folders import commit
 from lorafit.formats.safetensors import INDEX, SINGLE, stream_safetensors
-from lorafit.model.load import build
-from lorafit.model.sources import open_source
 
 DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
 SHARD = 5_000_000_000  # bytes of a file at most, unless one tensor is larger
@@ -179,9 +177,33 @@ def merge(
     return {"out": str(folder), "dtype": dtype, **rounding.facts(), **told}
 
 
+@dataclass(frozen=True)
+class Exact:
+    """A model's tensors before they are rounded."""
+
+    opened: Opened
+    changes: dict[str, Change]
+
+    def of(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """(a tensor of the base, with rows for added tokens; what is added to it, fp32, or None)."""
+        rows = grown(self.opened.model)
+        base = self.opened.load(EMBEDDING if name == HEAD and name not in self.opened.source.shapes else name)
+        base = F.pad(base, (0, 0, 0, rows[name] - len(base))) if name in rows else base
+        change = self.changes.get(name)
+        return base, None if change is None else change(base.float())
+
+    def pairs(self, merged: Opened) -> Iterator[tuple[Tensor, Tensor]]:
+        """(exact, as the merged model's files have it) of every matrix."""
+        for name, shape in merged.source.shapes.items():
+            if len(shape) > 1:
+                base, update = self.of(name)
+                yield base.float() if update is None else base.float() + update, merged.load(name)
+
+
 def write_weights(opened: Opened, changes: dict[str, Change], folder: Path, dtype: str, rounding: Rounding) -> bool:
     """All tensors, in files of at most SHARD bytes; returns whether the head is still the embedding."""
     source, (kind, code) = opened.source, DTYPES[dtype]
+    exact = Exact(opened, changes)
     shapes = {name: opened.shape(name) for name in source.shapes if not source.ignorable(name)}
     rows = grown(opened.model)
     shapes |= {name: (rows[name], *shape[1:]) for name, shape in shapes.items() if name in rows}
@@ -190,10 +212,8 @@ def write_weights(opened: Opened, changes: dict[str, Change], folder: Path, dtyp
         shapes[HEAD], tied = shapes[EMBEDDING], False  # the head goes its own way from here
 
     def load(name: str) -> Tensor:
-        base = opened.load(EMBEDDING if name == HEAD and name not in source.shapes else name)
-        base = F.pad(base, (0, 0, 0, rows[name] - len(base))) if name in rows else base
-        change = changes.get(name)
-        merged = base.to(kind) if change is None else rounding.round(base.float(), change(base.float()), kind)
+        base, update = exact.of(name)
+        merged = base.to(kind) if update is None else rounding.round(base.float(), update, kind)
         if not bool(torch.isfinite(merged).all()):
             raise ConfigError("--dtype", f"{dtype} cannot hold {name}: infinity or NaN", "give bf16 or fp32")
         return merged
@@ -227,12 +247,13 @@ def _shards(shapes: dict[str, tuple[int, ...]], size: int) -> Iterator[dict[str,
 
 def _verify(opened: Opened, folder: Path, dtype: str, data: str | None) -> dict[str, float]:
     """The folder, loaded here, against the base with its adapter. Several adapters are on no model at once."""
-    merged = build(open_source(folder), "packed", torch.float32)
+    merged, kind = opened.beside(folder), DTYPES[dtype][1]
     if len(opened.parts) > 1:
         return {}
     found = probes(opened.tokenizer, data, int(opened.model.config.max_position_embeddings))
-    mine = ours(opened.model, found, str(folder))
-    return rounding_facts(mine, log_probabilities(merged, found), DTYPES[dtype][1], str(folder))
+    mine, theirs = ours(opened.model, found, str(folder)), log_probabilities(merged.model, found)
+    exact = Exact(opened, opened.parts[0].changes)
+    return rounding_facts(mine, theirs, kind, str(folder), lambda: rounding_steps(exact.pairs(merged), kind))
 
 
 def write_combined(opened: Opened, folder: Path, how: Combination, rank: int | None) -> dict[str, Any]:

@@ -100,6 +100,12 @@ class Opened:
         base = getattr(layer, "base", layer)
         return base if hasattr(base, "experts") else None
 
+    def beside(self, path: Path) -> Opened:
+        """Another file or folder of the same model, opened in the same way, without adapters."""
+        source = open_source(path)
+        model = build(source, "packed", torch.float32)
+        return Opened(path, source, Base(model, head_of(model), self.tokenizer), [])
+
     @property
     def format(self) -> str:
         """The format that most of the file's bytes are in, such as Q4_1 or BF16."""

@@ -20,7 +20,7 @@ from lorafit.adapter.peft_experts import fused_only
 from lorafit.errors import AdapterError, ConfigError
 from lorafit.export.gguf_adapter import read_gguf_adapter, write_gguf_adapter
 from lorafit.export.gguf_model import merged_file
-from lorafit.export.merge import Rounding
+from lorafit.export.merge import Exact, Rounding
 from lorafit.export.mlx import read_mlx, write_mlx
 from lorafit.export.ollama import modelfile
 from lorafit.export.opened import EXACT, Opened, about, open_model
@@ -37,14 +37,15 @@ from lorafit.export.verify import (
     merged_against_llama,
     ours,
     rounding_facts,
+    rounding_steps,
     say_missing,
 )
 from lorafit.export.verify_peft import against_peft
 from lorafit.formats.folders import commit, commit_file
-from lorafit.model.load import build
-from lorafit.model.sources import open_source
 
 WITH_ROOM = ("peft", "gguf-merged", "ollama")  # targets that have room for new tokens
+Ask = Callable[[Path, str], Verdict | None]
+"""Compares llama.cpp's answers from a file, whose weights are in the format named; None without llama.cpp."""
 MOST = 4_000_000_000  # bytes of a base that is converted to GGUF only to verify an adapter on it
 
 
@@ -152,19 +153,47 @@ def _write_gguf(job: Job, path: Path) -> Verdict | None:
 
 def _on_base(job: Job, adapter: Path) -> Verdict | None:
     """llama.cpp with base and adapter; a base that is a folder is converted to F32 for it."""
-    base, place = job.opened.path, str(job.out)
-    if base.is_file():
+
+    def ask(model: Path, format: str) -> Verdict | None:
         return against_llama(
-            job.mine, job.probes, place=place, format=job.opened.format, model=base, adapter=adapter
+            job.mine, job.probes, place=str(job.out), format=format, model=model, adapter=adapter
         )  # fmt: skip
-    size = sum(torch.Size(shape).numel() for shape in job.opened.source.shapes.values()) * 4
-    if size > MOST:
-        console.warn(f"not tried in llama.cpp: the base as a GGUF file takes {console.gigabytes(size)}")
+
+    if job.opened.path.is_file():
+        return _or_in_f32(ask, job.opened.path, job.opened.format, job.opened, job.out.parent)
+    if _f32_bytes(job.opened) > MOST:
+        taken = console.gigabytes(_f32_bytes(job.opened))
+        console.warn(f"not tried in llama.cpp: the base as a GGUF file takes {taken}")
         return None
-    with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=".tmp-base-") as folder:
+    return _in_f32(ask, job.opened, job.out.parent)
+
+
+def _or_in_f32(ask: Ask, file: Path, format: str, opened: Opened, beside: Path) -> Verdict | None:
+    """llama.cpp with a file, or, where that differs by more than its format's floor, with the file's values in F32, to
+    know whether by what llama.cpp rounds: another expert for one token changes everything after it. Raises
+    AdapterError."""
+    try:
+        return ask(file, format)
+    except AdapterError as fault:
+        if format == "F32" or _f32_bytes(opened) > MOST:
+            raise
+        verdict = _in_f32(ask, opened, beside)
+        assert verdict is not None, "llama.cpp answered before"
+        console.warn(f"{fault.what}: by what llama.cpp rounds in {format}, since with the same weights in F32 it is "
+                     f"{verdict.adapted.largest:.2g}")  # fmt: skip
+        return verdict
+
+
+def _in_f32(ask: Ask, opened: Opened, beside: Path) -> Verdict | None:
+    """llama.cpp with the base, without its adapter, as a file in F32."""
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".tmp-base-") as folder:
         file = Path(folder) / "base.gguf"
-        merged_file(job.opened, "F32", {}, Rounding()).write(file)
-        return against_llama(job.mine, job.probes, place=place, format="F32", model=file, adapter=adapter)
+        merged_file(opened, "F32", {}, Rounding()).write(file)
+        return ask(file, "F32")
+
+
+def _f32_bytes(opened: Opened) -> int:
+    return sum(torch.Size(shape).numel() for shape in opened.source.shapes.values()) * 4
 
 
 def _gguf_merged(job: Job) -> dict[str, Any]:
@@ -188,10 +217,14 @@ def _merged_kind(job: Job) -> str:
 
 def _merged_verdict(job: Job, path: Path, kind: str) -> dict[str, Any]:
     """What the format took away, by lorafit's own reader; then llama.cpp against what lorafit reads there."""
-    own = log_probabilities(build(open_source(path), "packed", torch.float32), job.probes)
-    told = rounding_facts(job.mine, own, kind, str(job.out))
-    there = merged_against_llama(job.mine, own, job.probes, place=str(job.out), format=kind, model=path)
-    return told | _told(job, there, "llama.cpp", "xllamacpp")
+    merged = job.opened.beside(path)
+    own, exact = log_probabilities(merged.model, job.probes), Exact(job.opened, job.opened.parts[0].changes)
+    told = rounding_facts(job.mine, own, kind, str(job.out), lambda: rounding_steps(exact.pairs(merged), kind))
+
+    def ask(file: Path, format: str) -> Verdict | None:
+        return merged_against_llama(job.mine, own, job.probes, place=str(job.out), format=format, model=file)
+
+    return told | _told(job, _or_in_f32(ask, path, kind, merged, job.out.parent), "llama.cpp", "xllamacpp")
 
 
 def _ollama(job: Job) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +29,7 @@ TOP = 100  # likeliest tokens that are compared after each beginning
 # on tiny models and SmolLM2 (docs/export.md): activations in fp32, in 16 bits, or in 8.
 FLOORS = {"F32": 0.005, "F16": 0.05, "BF16": 0.05, "Q8_0": 0.2}
 QUANTISED = 1.0
+EPSILON = {"F16": 2.0**-11, "BF16": 2.0**-8}  # a rounded weight's largest error beside it
 OURS = "this is a fault of lorafit, please report it"
 MERGED = 0.25  # share of the adapter's effect that a merged file may differ by, where its floor is exceeded
 SECONDS = 600  # for llama.cpp to answer
@@ -224,19 +225,22 @@ def against_model(mine: Ours, found: Sequence[Probe], model: Any, program: str, 
     return Verdict(program, len(theirs), limit, Gap.of(theirs - mine.adapted)).check(place)
 
 
-def rounding_facts(mine: Ours, merged_PV: Tensor, kind: str, place: str) -> dict[str, float]:
+def rounding_facts(
+    mine: Ours, merged_PV: Tensor, kind: str, place: str, steps: Callable[[], float]
+) -> dict[str, float]:
     """What rounding a merged model to `kind` did to its log-probabilities; merged_PV: those of its files, read here.
 
-    In F32 nothing is rounded, and more than the floor is an AdapterError; so is, in 16 bits, more than the floor and
-    half of what the adapter does, which rounding does not explain. In fewer bits that is a warning.
+    In F32 nothing is rounded, and more than the floor is an AdapterError. In 16 bits, more than the floor and half of
+    what the adapter does is one too, unless `steps`, a weight's largest error in steps of the format, is at most 1: by
+    rounding alone a mixture may send a token to another expert. In fewer bits it is a warning.
     """
     lost, effect = Gap.of(merged_PV - mine.adapted), Gap.of(mine.adapted - mine.plain)
     if kind == "F32":
         Verdict("lorafit", len(merged_PV), floor(kind), lost).check(place)
-    elif kind in FLOORS and kind != "Q8_0" and not lost.rms <= max(floor(kind), 0.5 * effect.rms):
+    elif kind in EPSILON and not lost.rms <= max(floor(kind), 0.5 * effect.rms) and not steps() <= 1:
         what = f"log-probabilities of the merged model differ by {lost.rms:.3g} (root mean square)"
         raise AdapterError(place, f"{what}, and the adapter's effect is {effect.rms:.3g}", f"nothing was kept; {OURS}")
-    elif lost.rms > 0.5 * effect.rms:
+    if kind != "F32" and lost.rms > 0.5 * effect.rms:
         what = f"rounding to {kind} moves log-probabilities by {lost.rms:.3f} (root mean square)"
         console.warn(f"{what}, and the adapter by {effect.rms:.3f}: a finer --dtype keeps more of it")
     return {
@@ -244,6 +248,16 @@ def rounding_facts(mine: Ours, merged_PV: Tensor, kind: str, place: str) -> dict
         "rounding_difference_rms": lost.rms,
         "effect_rms": effect.rms,
     }
+
+
+def rounding_steps(wanted: Iterable[tuple[Tensor, Tensor]], kind: str) -> float:
+    """The largest error of a 16-bit weight in steps of its format, of pairs (exact, stored): 1 at most if it is rounded
+    and nothing else."""
+    smallest = 2.0**-25 if kind == "F16" else 0.0  # below its normal numbers
+    return max(
+        float(((stored.float() - exact).abs() / (exact.abs() * EPSILON[kind] + smallest).clamp(min=1e-38)).max())
+        for exact, stored in wanted
+    )
 
 
 def say_missing(program: str, package: str) -> None:
