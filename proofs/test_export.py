@@ -19,24 +19,27 @@ from torch import nn
 import lorafit
 from builders.adapters import write_adapter
 from builders.commands import run
-from builders.gguf_files import ARCHITECTURES, write_tiny_gguf
-from builders.models import save_folder, tiny_model
-from builders.tokenizers_tiny import VOCABULARY, tiny_gguf_metadata
+from builders.gguf_models import tiny_of, written
+from builders.models import save_folder
+from builders.tokenizers_tiny import VOCABULARY
 from lorafit.adapter.attach import adapted_layers
 from lorafit.errors import AdapterError
 from lorafit.export.probes import Probe
 from lorafit.export.verify import ask_llama
+from lorafit.formats.gguf_pieces import Piece
 from lorafit.formats.names import Entry
 
 ROOT = Path(__file__).parent.parent
 F32 = 0.001  # nats; two programs' fp32 sums
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "ministral3", "qwen3_5_text")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma3_text", "ministral3", "qwen3_5_text", "smollm3", "granite", "phi3",
+    "olmo2", "olmo3",
+)  # fmt: skip
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96}
-OWN = {"mistral": {"sliding_window": None}}  # llama.cpp's llama has no window
 
 
 def tiny(family: str):
-    return tiny_model(family, **WIDE, **OWN.get(family, {}))
+    return tiny_of(family, **WIDE)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -44,7 +47,7 @@ def world(request, tmp_path):
     """A family's tiny model as an F32 GGUF file and as a folder, and an adapter on every linear layer."""
     model = tiny(request.param)
     folder = save_folder(model, tmp_path / "folder")
-    file = write_tiny_gguf(tmp_path / "base.gguf", model, ARCHITECTURES[request.param], tiny_gguf_metadata())
+    file = written(model, tmp_path / "base.gguf")
     for path, name in ((folder, "for-folder"), (file, "for-base.gguf")):
         write_adapter(path, tmp_path / name)
     return tmp_path, folder, file
@@ -99,14 +102,17 @@ def test_a_forgotten_permutation_is_found(tmp_path, monkeypatch):
     folder = save_folder(tiny("llama"), tmp_path / "folder")
     adapter = write_adapter(folder, tmp_path / "adapter")
     out = tmp_path / "out"
-    file = write_tiny_gguf(tmp_path / "base.gguf", tiny("llama"), "llama", tiny_gguf_metadata())
+    file = written(tiny("llama"), tmp_path / "base.gguf")
     from lorafit.export import gguf_adapter
 
-    written = gguf_adapter.write_gguf_adapter
+    write = gguf_adapter.write_gguf_adapter
 
     def wrong(path, where, *rest):
-        plain = {name: Entry(entry.tensor, entry.shape) for name, entry in where.entries.items()}
-        written(path, type(where)(where.architecture, plain), *rest)
+        plain = {
+            name: [Piece(Entry(piece.entry.tensor, piece.entry.shape)) for piece in pieces]
+            for name, pieces in where.pieces.items()
+        }
+        write(path, type(where)(where.architecture, plain), *rest)
 
     monkeypatch.setattr("lorafit.export.targets.write_gguf_adapter", wrong)
     monkeypatch.setattr("lorafit.export.targets._compare", lambda *_: None)
@@ -119,7 +125,7 @@ def test_a_forgotten_permutation_is_found(tmp_path, monkeypatch):
 
 def test_files_that_llama_does_not_load_are_an_error(tmp_path):
     """llama.cpp's own words, one line; our process lives."""
-    file = write_tiny_gguf(tmp_path / "base.gguf", tiny("llama"), "llama", tiny_gguf_metadata())
+    file = written(tiny("llama"), tmp_path / "base.gguf")
     (tmp_path / "adapter.gguf").write_bytes(file.read_bytes()[:4000])
     for model, adapter in ((file, tmp_path / "adapter.gguf"), (tmp_path / "adapter.gguf", None)):
         with pytest.raises(AdapterError, match=r"out: llama\.cpp does not load it") as error:

@@ -55,6 +55,8 @@ REFUSED = {  # (model_type, column): why there is no test that passes
     ("qwen3_5_moe_text", "packing"): "one row at a time",
     ("qwen3_5_moe", "packing"): "one row at a time",
     ("qwen3_next", "packing"): "one row at a time",
+    ("ministral", "GGUF, packed"): "not in llama.cpp",
+    ("ministral", "GGUF export"): "not in llama.cpp",
 }
 MARK = "<!-- {} made by scripts/architectures.py -->"
 

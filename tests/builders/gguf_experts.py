@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "gpt_oss": "gpt-oss",
     "llama4_text": "llama4",
     "deepseek_v3": "deepseek2",
+    "mistral4": "mistral4",
     "qwen2_moe": "qwen2moe",
     "olmoe": "olmoe",
     "granitemoe": "granitemoe",
@@ -32,14 +33,16 @@ ARCHITECTURES = {
 
 
 def write_moe_gguf(
-    path: Path, model: PreTrainedModel, tensor_type: str = "F32", *, fused: bool = False, **changes: Any
+    path: Path, model: PreTrainedModel, tensor_type: str = "F32", *, fused: bool = False, arch: str = "", **changes: Any
 ) -> Path:
     """The model as a GGUF file with matrices of this type, where their rows divide into its blocks; else F16.
 
-    fused: gate and up in one tensor. changes: metadata keys to change, without the architecture; None takes one away.
+    arch: another architecture than the model's own, which says it in other words. fused: gate and up in one tensor, as
+    Mistral 4's always are. changes: metadata keys to change, without the architecture; None takes one away.
     """
     kind = model.config.model_type
-    arch = ARCHITECTURES[kind]
+    arch = arch or ARCHITECTURES[kind]
+    fused = fused or arch == "mistral4"
     writer = GGUFWriter(path, arch)
     writer.add_type("model")
     metadata = {key: value for key, value in {**_metadata(model), **changes}.items() if value is not None}
@@ -140,23 +143,41 @@ def _metadata(model: PreTrainedModel) -> dict[str, Any]:
         found["feed_forward_length"] = config.intermediate_size_mlp
         found["interleave_moe_layer_step"] = config.interleave_moe_layer_step
         found["leading_dense_block_count"] = 0
-    if kind == "deepseek_v3":
+    if kind in ("deepseek_v3", "mistral4"):
+        found |= _latent_metadata(config)
+    return found
+
+
+def _latent_metadata(config: Any) -> dict[str, Any]:
+    found = {
+        "attention.head_count_kv": 1,
+        "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length_mla": config.v_head_dim,
+        "attention.q_lora_rank": config.q_lora_rank,
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "rope.dimension_count": config.qk_rope_head_dim,
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_weights_scale": config.routed_scaling_factor,
+        "expert_weights_norm": config.norm_topk_prob,
+        "expert_gating_func": 1 if config.model_type == "mistral4" else 2,
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+    }
+    rope = config.rope_parameters
+    if rope["rope_type"] == "yarn":
         found |= {
-            "attention.head_count_kv": 1,
-            "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
-            "attention.value_length": config.kv_lora_rank,
-            "attention.key_length_mla": config.qk_nope_head_dim + config.qk_rope_head_dim,
-            "attention.value_length_mla": config.v_head_dim,
-            "attention.q_lora_rank": config.q_lora_rank,
-            "attention.kv_lora_rank": config.kv_lora_rank,
-            "rope.dimension_count": config.qk_rope_head_dim,
-            "leading_dense_block_count": config.first_k_dense_replace,
-            "expert_feed_forward_length": config.moe_intermediate_size,
-            "expert_shared_count": config.n_shared_experts,
-            "expert_weights_scale": config.routed_scaling_factor,
-            "expert_weights_norm": config.norm_topk_prob,
-            "expert_gating_func": 2,
-            "expert_group_count": config.n_group,
-            "expert_group_used_count": config.topk_group,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": rope["factor"],
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": rope["beta_fast"],
+            "rope.scaling.yarn_beta_slow": rope["beta_slow"],
+            "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"],
         }
+    if "llama_4_scaling_beta" in rope:
+        found["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
+        found["attention.temperature_length"] = rope["original_max_position_embeddings"]
     return found

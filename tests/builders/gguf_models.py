@@ -53,7 +53,7 @@ def from_gguf(file: GgufFile) -> PreTrainedModel:
 
 
 def tiny_of(family: str, **changes: Any) -> PreTrainedModel:
-    """A tiny model as llama.cpp has it, which chooses windows, chunks and layers without rotation for some families.
+    """A tiny model as llama.cpp has it, which chooses windows, chunks, key heads and layers without rotation for some.
 
     Linear attention's decays are weaker than transformers' first ones, whose logarithms add up to hundreds within a
     chunk: their fp32 sums would be the largest error by far (docs/export.md).
@@ -62,6 +62,7 @@ def tiny_of(family: str, **changes: Any) -> PreTrainedModel:
         "llama4_text": {"attention_chunk_size": 8192, "floor_scale": 8192},
         "mistral": {"sliding_window": None},
         "olmo3": {"rope_parameters": OLMO3_ROPE},
+        "olmoe": {"num_key_value_heads": 4},
         "phi3": {"sliding_window": None},
         "smollm3": {"num_hidden_layers": 4, "no_rope_layers": None},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import gguf
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from builders.adapters import logits, write_adapter
 from builders.commands import run
 from builders.gguf_experts import ARCHITECTURES as MIXTURES
 from builders.gguf_experts import write_moe_gguf
-from builders.gguf_files import ARCHITECTURES, write_tiny_gguf
+from builders.gguf_files import ARCHITECTURES
+from builders.gguf_models import FAMILIES, LATENT, tiny_of, written
 from builders.models import save_folder, tiny_model
-from builders.tokenizers_tiny import CHAT_TEMPLATE, tiny_gguf_metadata
+from builders.tokenizers_tiny import CHAT_TEMPLATE, VOCABULARY
 from lorafit.errors import AdapterError
 from lorafit.export.gguf_adapter import read_gguf_adapter
 from lorafit.export.placement import placement
@@ -29,29 +32,15 @@ def by_name(path) -> dict[str, np.ndarray]:
     return {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
 
 
-def written(model, path):
-    """The model as a GGUF file, by the builder of its family."""
-    kind = model.config.model_type
-    if kind in MIXTURES:
-        return write_moe_gguf(path, model)
-    return write_tiny_gguf(path, model, ARCHITECTURES[kind], tiny_gguf_metadata())
-
-
-@pytest.mark.parametrize(
-    "family",
-    ["llama", "qwen3", "gemma3_text", "ministral3", "qwen2", "mistral", "smollm3", "granite", "qwen3_5_text",
-     "qwen3_moe", "mixtral",
-     "qwen2_moe", "olmoe", "granitemoe", "llama4_text", "qwen3_5_moe_text"],
-)  # fmt: skip
+@pytest.mark.parametrize("family", FAMILIES)
 def test_base_plus_adapter_is_the_merged_file(family, tmp_path):
     """base + alpha / r * lora_b lora_a, tensor by tensor, equals the file that the builder writes of the merged model,
     its own permutation of q and k included; from a folder and from a GGUF base come the same tensors."""
-    model = tiny_model(
-        family, **({"attention_chunk_size": 8192} if family == "llama4_text" else {})
-    )  # as files have it
+    model = tiny_of(family)
     folder = save_folder(model, tmp_path / "model")
     base = written(model, tmp_path / "base.gguf")
     targets = ["all-linear", "experts"] if family in MIXTURES else ["all-linear"]
+    targets = ["mlp", "experts", "o_proj"] if family in LATENT else targets
     adapter = write_adapter(folder, tmp_path / "adapter", rank=4, alpha=10, targets=targets)
     for source, out in ((base, "a.gguf"), (folder, "b.gguf")):
         done = run("export", source, adapter, "--to", "gguf", "--out", tmp_path / out)
@@ -128,15 +117,44 @@ def test_damaged_files_are_refused(change, said, tmp_path):
         read_gguf_adapter(tmp_path / "a.gguf", where)
 
 
-@pytest.mark.parametrize(
-    ("base", "said"), [("file", "lies in two tensors of GGUF's"), ("folder", "has no name in GGUF's")]
-)
-def test_a_layer_in_two_tensors_is_refused(base, said, tmp_path):
-    """Qwen3-Next's in_proj_qkvz: one line that names it, and no file."""
-    model = tiny_model("qwen3_next")
+@pytest.mark.parametrize("layer", ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"])
+@pytest.mark.parametrize("base", ["file", "folder"])
+def test_what_llama_cpp_multiplies_without_adapters_is_refused(base, layer, tmp_path):
+    """Latent attention: one line with the layer and the remedy, and no file; merged, the same adapter is written."""
+    model = tiny_model("deepseek_v3", vocab_size=VOCABULARY)
     path = write_moe_gguf(tmp_path / "m.gguf", model) if base == "file" else save_folder(model, tmp_path / "model")
-    adapter = write_adapter(path, tmp_path / "adapter")
+    adapter = write_adapter(path, tmp_path / "adapter", targets=[layer])
     done = run("export", path, adapter, "--to", "gguf", "--out", tmp_path / "a.gguf")
     assert done.code == 2
-    assert f"linear_attn.in_proj_qkvz: {said} qwen3next files" in done.err
+    line = rf"self_attn.{layer}: lies in attn_\w+, and llama.cpp takes no adapter there in deepseek2 models"
+    assert re.search(rf"{line}; export to gguf-merged, or train with --targets mlp,experts,o_proj\n", done.err)
     assert not (tmp_path / "a.gguf").exists()
+    done = run("export", path, adapter, "--to", "gguf-merged", "--dtype", "F32", "--out", tmp_path / "m2.gguf")
+    assert done.code == 0, done.err
+
+
+def test_tensors_with_an_a_each_are_read(tmp_path):
+    """in_proj_qkvz from two pairs that share nothing, as another trainer would write them: the update of twice the rank
+    that both are."""
+    model = tiny_model("qwen3_next")
+    file = write_moe_gguf(tmp_path / "m.gguf", model)
+    where = placement(file, open_source(file))
+    layer = "model.layers.0.linear_attn.in_proj_qkvz"
+    first, second = where.of(layer, "m")
+    torch.manual_seed(3)
+    tensors, wanted = {}, torch.zeros_like(model.get_submodule(layer).weight)
+    for piece in (first, second):
+        rows, columns = piece.entry.shape
+        A, B = torch.randn(3, columns), torch.randn(rows, 3)
+        tensors |= {f"{piece.entry.tensor}.lora_a": A.numpy(), f"{piece.entry.tensor}.lora_b": B.numpy()}
+        wanted[piece.outputs] = 2 * B @ A  # alpha / r
+    metadata = {"general.type": ("adapter", "string"), "adapter.type": ("lora", "string"),
+                "adapter.lora.alpha": (6.0, "float32")}  # fmt: skip
+    plan = {tensor: (values.shape, "F32") for tensor, values in tensors.items()}
+    write_gguf(tmp_path / "a.gguf", "qwen3next", metadata, plan, lambda tensor: tensors[tensor])
+    read = read_gguf_adapter(tmp_path / "a.gguf", where)
+    torch.testing.assert_close(read[layer].dense(), wanted)
+    del plan[f"{second.entry.tensor}.lora_a"], plan[f"{second.entry.tensor}.lora_b"]
+    write_gguf(tmp_path / "half.gguf", "qwen3next", metadata, plan, lambda tensor: tensors[tensor])
+    with pytest.raises(AdapterError, match=r"blk.0.attn_qkv.weight: stands without attn_gate"):
+        read_gguf_adapter(tmp_path / "half.gguf", where)

@@ -14,7 +14,9 @@ import lorafit
 from builders.adapters import logits, write_adapter
 from builders.architectures import tiny
 from builders.commands import run
-from builders.gguf_files import ARCHITECTURES, write_tiny_gguf
+from builders.gguf_experts import ARCHITECTURES as MIXTURES
+from builders.gguf_files import write_tiny_gguf
+from builders.gguf_models import FAMILIES, tiny_of, written
 from builders.models import save_folder, tiny_model
 from builders.tokenizers_tiny import VOCABULARY, tiny_gguf_metadata, tiny_tokenizer
 from lorafit.export.gguf_metadata import tokenizer_metadata
@@ -44,16 +46,16 @@ PUBLISHED = {  # as Llama 3.2, Llama 4 Scout, Gemma 3 and a long Qwen 2.5 have i
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "ministral3", "qwen3_5_text"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("base", ["folder", "file"])
 def test_f32_is_the_merged_model(family, base, tmp_path):
-    """In F32 the file gives the adapted model's logits, from a folder and from a GGUF base, and the same token ids."""
-    model = tiny_model(family, **WIDE)
-    if base == "folder":
-        path = save_folder(model, tmp_path / "model")
-    else:
-        path = write_tiny_gguf(tmp_path / "model.gguf", model, ARCHITECTURES[family], tiny_gguf_metadata())
-    adapter = write_adapter(path, tmp_path / "adapter")
+    """In F32 the file gives the adapted model's logits, from a folder and from a GGUF base, and the same token ids; its
+    tensors are those that the builder, as llama.cpp's converter, makes of this architecture."""
+    model = tiny_of(family, vocab_size=VOCABULARY)
+    file = written(model, tmp_path / "model.gguf")
+    path = save_folder(model, tmp_path / "model") if base == "folder" else file
+    targets = ["all-linear", "experts"] if family in MIXTURES else ["all-linear"]
+    adapter = write_adapter(path, tmp_path / "adapter", targets=targets)
     out = tmp_path / "merged.gguf"
     done = run("export", path, adapter, "--to", "gguf-merged", "--dtype", "F32", "--out", out, "--json")
     assert done.code == 0, done.err
@@ -61,6 +63,8 @@ def test_f32_is_the_merged_model(family, base, tmp_path):
     want = logits(lorafit.load(path, adapter=adapter, compute="fp32"), IDS)
     merged = lorafit.load(out, compute="fp32")
     torch.testing.assert_close(logits(merged, IDS), want, rtol=1e-4, atol=1e-4)
+    shapes = [{name: tensor.shape for name, tensor in read_gguf(one).tensors.items()} for one in (out, file)]
+    assert shapes[0] == shapes[1]
     text = "SELECT name FROM people WHERE age > 30; naïve 東京"
     assert merged.tokenizer(text)["input_ids"] == tiny_tokenizer().encode(text).ids
     assert from_gguf(read_gguf(out)).chat_template == tiny_tokenizer().chat_template
@@ -154,3 +158,13 @@ def test_a_model_without_a_gguf_name_is_refused(tmp_path):
     assert done.code == 2
     assert "'gemma4_text' has no GGUF architecture that lorafit writes" in done.err
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_ministral_is_refused(tmp_path):
+    """llama.cpp has no name for its windows: one line, with what to do."""
+    folder = save_folder(tiny("ministral", vocab_size=VOCABULARY), tmp_path / "model")
+    adapter = write_adapter(folder, tmp_path / "adapter")
+    done = run("export", folder, adapter, "--to", "gguf", "--out", tmp_path / "a.gguf")
+    assert done.code == 2
+    what = "'ministral' has no GGUF architecture that llama.cpp knows, whose Mistrals have no sliding windows"
+    assert f"{what}; export to peft, or merge to a folder" in done.err

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import lorafit
 from builders.gguf_experts import ARCHITECTURES, write_moe_gguf
 from builders.gguf_linear import KINDS as LINEAR
 from builders.gguf_linear import ROUNDED
@@ -16,6 +17,7 @@ from lorafit.formats.gguf_config import hf_config
 from lorafit.formats.gguf_experts import _stepped_rope
 from lorafit.model.sources import open_source
 
+IDS = torch.arange(5, 45)[None]  # beyond the first context, where queries grow
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64}
 FIELDS = (
     "model_type",
@@ -37,6 +39,9 @@ OWN = {
     "deepseek_v3": "n_routed_experts moe_intermediate_size n_shared_experts first_k_dense_replace n_group "
     "topk_group norm_topk_prob routed_scaling_factor "
     "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave",
+    "mistral4": "n_routed_experts moe_intermediate_size n_shared_experts first_k_dense_replace n_group "
+    "topk_group norm_topk_prob routed_scaling_factor head_dim "
+    "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim rope_interleave rope_parameters",
     "qwen2_moe": "num_experts moe_intermediate_size shared_expert_intermediate_size norm_topk_prob "
     "qkv_bias decoder_sparse_step",
     "olmoe": "num_experts norm_topk_prob attention_bias clip_qkv",
@@ -85,6 +90,9 @@ LAST = ("gpt_oss", "llama4_text")
         ("gpt_oss", {"attention.sliding_window": None}, "gpt-oss.attention.sliding_window: is missing"),
         ("deepseek_v3", {"expert_gating_func": 1}, "is not sigmoid: DeepSeek-V2 is not supported yet"),
         ("deepseek_v3", {"attention.key_length_mla": 8}, "key_length_mla: is 8, of which 8 are rotated"),
+        ("mistral4", {"expert_gating_func": 2}, "mistral4.expert_gating_func: is not softmax"),
+        ("mistral4", {"attention.temperature_length": 64}, "temperature_length: is 64, not the first context's 16"),
+        ("mistral4", {"rope.scaling.type": "none"}, "rope.scaling.type: is 'default', and Mistral 4's is yarn"),
         ("llama4_text", {"attention.sliding_window": 64}, "another attention is not supported yet"),
         ("llama4_text", {"interleave_moe_layer_step": None}, "llama4.interleave_moe_layer_step: is missing"),
     ],
@@ -93,6 +101,26 @@ def test_a_file_that_means_another_mixture_is_refused(family, change, words, tmp
     """A key that is missing, impossible or not supported is named."""
     with pytest.raises(ModelError, match=words):
         open_source(write_moe_gguf(tmp_path / "model.gguf", tiny_model(family, **WIDE), **change))
+
+
+@pytest.mark.parametrize("arch", ["mistral4", "deepseek2"])
+def test_mistral_4_in_both_of_its_architectures(arch, tmp_path):
+    """Mistral Large 3 is llama.cpp's deepseek2, with experts' gate and up apart: by its growing queries it is known."""
+    model = tiny_model("mistral4", **WIDE)
+    file = write_moe_gguf(tmp_path / "model.gguf", model, arch=arch)
+    assert ("blk.1.ffn_gate_up_exps.weight" in read_gguf(file).tensors) == (arch == "mistral4")
+    ours = lorafit.load(file, compute="fp32")
+    assert ours.config.model_type == "mistral4"
+    with torch.no_grad():
+        torch.testing.assert_close(ours(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_mistral_4_file_leaves_out(tmp_path):
+    """llama.cpp's converter of Mistral Small 4 does not write how queries grow: then they do not."""
+    left_out = dict.fromkeys(("attention.temperature_scale", "attention.temperature_length", "expert_gating_func"))
+    file = write_moe_gguf(tmp_path / "model.gguf", tiny_model("mistral4", **WIDE), **left_out)
+    rope = hf_config(read_gguf(file))["rope_parameters"]
+    assert (rope["llama_4_scaling_beta"], rope["mscale"], rope["mscale_all_dim"]) == (0.0, 1.0, 1.0)
 
 
 def test_what_a_deepseek_file_leaves_out_is_what_llama_cpp_takes(tmp_path):

@@ -4,7 +4,8 @@
     blk.3.attn_q.weight.lora_a        (r, in)       blk.3.attn_q.weight.lora_b        (out, r), rows in the file's order
     blk.3.ffn_gate_exps.weight.lora_a (E, r, in)    blk.3.ffn_gate_exps.weight.lora_b (E, out, r)
 
-Experts' gate and up, one tensor in transformers, are two here: they share A, and each has its half of B.
+A layer that is one in transformers and two here (experts' gate and up, Qwen3-Next's in_proj_qkvz) is two pairs: they
+share A, and each has its rows of B.
 
 llama.cpp multiplies B A by alpha / r, r being each tensor's own rank. Every scale is therefore baked into B, and alpha
 is the rank, or 0 where ranks differ, for which llama.cpp multiplies by 1 too: rsLoRA and patterns need no key.
@@ -13,7 +14,7 @@ Source: llama.cpp, src/llama-adapter.cpp and its convert_lora_to_gguf.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from lorafit.adapter.attach import adapted
 from lorafit.adapter.combine import LowRank
 from lorafit.adapter.merge import put_factors
 from lorafit.errors import AdapterError, Faults, LorafitError
-from lorafit.export.placement import GATE_UP, Placement, placement
+from lorafit.export.placement import Placement, placement
 from lorafit.formats import place
 from lorafit.formats.gguf import GgufFile, read_gguf
+from lorafit.formats.gguf_pieces import Piece
 from lorafit.formats.gguf_write import write_gguf
 from lorafit.formats.names import placed
 from lorafit.kernels import ops
@@ -43,8 +45,8 @@ def write_gguf_adapter(
     ranks = {update.rank for update in updates.values()}
     tensors: dict[str, Tensor] = {}
     for layer, (A, B) in updates.items():
-        entries = where.of(layer, model)
-        for entry, part in zip(entries, B.chunk(len(entries), dim=-2), strict=True):
+        for piece in where.of(layer, model):
+            entry, part = piece.entry, piece.rows(B)
             rows, columns = entry.row_order(), entry.column_order()
             tensors[f"{entry.tensor}.lora_a"] = A if columns is None else placed(A, columns, 1)
             tensors[f"{entry.tensor}.lora_b"] = part if rows is None else placed(part, rows, 0)
@@ -78,8 +80,8 @@ def read_gguf_adapter(path: Path, where: Placement) -> dict[str, LowRank]:
     other = next((name for name in gguf.tensors if not name.endswith(HALVES)), None)
     if other is not None:
         raise AdapterError(place(path, other), "is no half of an update", "merge that adapter with its own program")
-    names = {entry.tensor: name for name, entry in where.entries.items()}
-    read = {}
+    names = {piece.entry.tensor: name for name, found in where.pieces.items() for piece in found}
+    read: dict[str, LowRank] = {}
     for base in sorted(bases):
         if base not in names:
             raise AdapterError(place(path, base), "names no tensor of this base", "give the base that it was made for")
@@ -87,30 +89,36 @@ def read_gguf_adapter(path: Path, where: Placement) -> dict[str, LowRank]:
         if A.ndim != B.ndim or A.ndim not in (2, 3) or A.shape[-2] != B.shape[-1] or A.shape[:-2] != B.shape[:-2]:
             what = f"has halves of shapes {list(A.shape)} and {list(B.shape)}"
             raise AdapterError(place(path, base), what, "convert the adapter again")
-        rows, columns = where.entries[names[base]].row_order(), where.entries[names[base]].column_order()
+        read[base] = LowRank(A, B * (alpha / A.shape[-2]) if alpha else B)
+    return {name.removesuffix(".weight"): _joined(read, where.pieces[name], path) for name in
+            dict.fromkeys(names[base] for base in read)}  # fmt: skip
+
+
+def _joined(read: Mapping[str, LowRank], pieces: Sequence[Piece], path: Path) -> LowRank:
+    """A layer's update from its tensors': with the A that they share, or of the ranks' sum where they share none."""
+    parts = []
+    for piece in pieces:
+        entry = piece.entry
+        if entry.tensor not in read:
+            what = f"stands without {entry.tensor.split('.')[-2]}"
+            beside = next(other.entry.tensor for other in pieces if other.entry.tensor in read)
+            raise AdapterError(place(path, beside), what, "the adapter is incomplete")
+        if piece.heads:
+            raise AdapterError(place(path, entry.tensor), "is half of a layer, head by head", "merge that adapter")
+        (A, B), rows, columns = read[entry.tensor], entry.row_order(), entry.column_order()
         A = A if columns is None else A[:, torch.from_numpy(columns)]
-        B = B if rows is None else B[torch.from_numpy(rows)]
-        read[names[base].removesuffix(".weight")] = LowRank(A, B * (alpha / A.shape[-2]) if alpha else B)
-    return _joined(read, path)
-
-
-def _joined(read: dict[str, LowRank], path: Path) -> dict[str, LowRank]:
-    """Experts' gate and up as one update: with the A that they share, or of the ranks' sum where they do not."""
-    updates = {}
-    for layer, update in read.items():
-        module, _, own = layer.rpartition(".")
-        if update.A.ndim == 2 or own not in GATE_UP:
-            updates[layer] = update
-        elif own == GATE_UP[0]:
-            if f"{module}.{GATE_UP[1]}" not in read:
-                raise AdapterError(place(path, layer), "has no `up` beside it", "the adapter is incomplete")
-            up = read[f"{module}.{GATE_UP[1]}"]
-            zeros = [one.B.new_zeros(*one.B.shape[:-1], other.rank) for one, other in ((update, up), (up, update))]
-            halves = [torch.cat([update.B, zeros[0]], dim=-1), torch.cat([zeros[1], up.B], dim=-1)]
-            both = LowRank(torch.cat([update.A, up.A], dim=-2), torch.cat(halves, dim=-2))
-            shared = LowRank(update.A, torch.cat([update.B, up.B], dim=-2)) if torch.equal(update.A, up.A) else None
-            updates[f"{module}.gate_up_proj"] = shared or both
-    return updates
+        parts.append(LowRank(A, B if rows is None else B[torch.from_numpy(rows)]))
+    if len(parts) == 1:
+        return parts[0]
+    shared = all(torch.equal(part.A, parts[0].A) for part in parts)
+    A = parts[0].A if shared else torch.cat([part.A for part in parts], dim=-2)
+    B = A.new_zeros(*A.shape[:-2], sum(part.B.shape[-2] for part in parts), A.shape[-2])
+    first = 0
+    for piece, part in zip(pieces, parts, strict=True):
+        own = slice(0 if shared else first, part.rank if shared else first + part.rank)
+        B[..., piece.outputs, own] = part.B
+        first += part.rank
+    return LowRank(A, B)
 
 
 def put_gguf_adapter(model: nn.Module, base: Path, file: Path) -> list[str]:

@@ -8,6 +8,7 @@ Sources: llama.cpp's conversion of each family, the GGUF specification.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from lorafit.errors import ModelError
+from lorafit.formats.gguf_experts import SIGMOID, SOFTMAX
 from lorafit.formats.gguf_tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER_DEFINED, from_metadata
 from lorafit.formats.tokenizer import TextTokenizer
 
 UNUSED, BYTE = 5, 6
 GGML = "tokenizer.ggml."
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of experts, by family
+YARN_BOUNDS = ("mistral3", "olmo2", "gpt-oss", "deepseek2", "mistral4")  # whose bounds are read from the file here
 GRANITE = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
@@ -57,20 +61,29 @@ def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> M
         "rope.dimension_count": (width, "uint32"),
         "vocab_size": (config["vocab_size"], "uint32"),
     }
-    keys |= _scaling(full) | _experts(config) | _linear(config, rope, width)
+    keys |= _scaling(architecture, full) | _experts(config) | _linear(config, rope, width)
     if architecture == "gemma3":
         keys |= _gemma3(config, rope)
     if architecture == "mistral3":
         keys |= _mistral3(full)
     if architecture == "llama4":
         keys |= _llama4(config)
+    if architecture in ("deepseek2", "mistral4"):
+        keys |= _latent(config, full)
+    if architecture == "phi3":
+        keys |= _phi3(config, full, width)
+    if architecture in ("olmo2", "gpt-oss") and config.get("sliding_window"):
+        keys["attention.sliding_window"] = (config["sliding_window"], "uint32")
+    if config["model_type"] == "olmo3":
+        slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+        keys["attention.sliding_window_pattern"] = (slides, "array of bool")
     if architecture in ("granite", "granitemoe"):
         keys |= {key: (config[field], "float32") for field, key in GRANITE.items() if field in config}
     general: Metadata = {"general.type": ("model", "string"), "general.name": (name, "string")}
     return general | {f"{architecture}.{key}": value for key, value in keys.items()}
 
 
-def _scaling(rope: Mapping[str, Any]) -> Metadata:
+def _scaling(architecture: str, rope: Mapping[str, Any]) -> Metadata:
     kind = rope.get("rope_type", "default")
     if kind in ("default", "llama3"):  # Llama 3's is a tensor of the file
         return {}
@@ -78,23 +91,68 @@ def _scaling(rope: Mapping[str, Any]) -> Metadata:
         "rope.scaling.type": (kind, "string"),
         "rope.scaling.factor": (rope.get("factor", 1.0), "float32"),
     }
-    if kind == "yarn" and "original_max_position_embeddings" in rope:
-        keys["rope.scaling.original_context_length"] = (rope["original_max_position_embeddings"], "uint32")
+    if kind == "yarn":
+        usual = 0.1 * math.log(rope["factor"]) + 1
+        if rope.get("attention_factor") and abs(rope["attention_factor"] - usual) > 1e-4:
+            what = f"is {rope['attention_factor']}, and llama.cpp's is {usual:.4f}"
+            raise ModelError("config.json: rope_parameters.attention_factor", what, "merge to a folder")
+        if "original_max_position_embeddings" in rope:
+            keys["rope.scaling.original_context_length"] = (rope["original_max_position_embeddings"], "uint32")
+        if architecture in YARN_BOUNDS:
+            keys["rope.scaling.yarn_beta_fast"] = (rope.get("beta_fast") or 32.0, "float32")
+            keys["rope.scaling.yarn_beta_slow"] = (rope.get("beta_slow") or 1.0, "float32")
     return keys
 
 
 def _mistral3(rope: Mapping[str, Any]) -> Metadata:
-    """What Ministral 3's converter says of its rotary scaling, and how queries grow with their position."""
+    """How Ministral 3's attention is scaled, and how its queries grow with their position."""
     return {
-        "rope.scaling.yarn_beta_fast": (rope.get("beta_fast") or 32.0, "float32"),
-        "rope.scaling.yarn_beta_slow": (rope.get("beta_slow") or 1.0, "float32"),
         "rope.scaling.yarn_log_multiplier": (rope.get("mscale_all_dim") or 0.0, "float32"),
         "attention.temperature_scale": (rope.get("llama_4_scaling_beta") or 0.0, "float32"),
     }
 
 
+def _latent(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Metadata:
+    """Latent attention: llama.cpp computes it with one key head, as wide as the latent and the rotated part."""
+    rank, rotated = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    keys: Metadata = {
+        "attention.head_count_kv": (1, "uint32"),
+        "attention.key_length": (rank + rotated, "uint32"),
+        "attention.value_length": (rank, "uint32"),
+        "attention.key_length_mla": (config["qk_nope_head_dim"] + rotated, "uint32"),
+        "attention.value_length_mla": (config["v_head_dim"], "uint32"),
+        "attention.kv_lora_rank": (rank, "uint32"),
+        "rope.dimension_count": (rotated, "uint32"),
+        "leading_dense_block_count": (config["first_k_dense_replace"], "uint32"),
+        "expert_shared_count": (config["n_shared_experts"], "uint32"),
+        "expert_weights_scale": (config["routed_scaling_factor"], "float32"),
+        "expert_weights_norm": (config["norm_topk_prob"], "bool"),
+        "expert_gating_func": (SOFTMAX if config["model_type"] == "mistral4" else SIGMOID, "uint32"),
+        "expert_group_count": (config["n_group"], "uint32"),
+        "expert_group_used_count": (config["topk_group"], "uint32"),
+    }
+    if config.get("q_lora_rank"):
+        keys["attention.q_lora_rank"] = (config["q_lora_rank"], "uint32")
+    if rope.get("mscale_all_dim"):
+        keys["rope.scaling.yarn_log_multiplier"] = (0.1 * rope["mscale_all_dim"], "float32")
+    if rope.get("llama_4_scaling_beta"):
+        keys["attention.temperature_scale"] = (rope["llama_4_scaling_beta"], "float32")
+        keys["attention.temperature_length"] = (rope["original_max_position_embeddings"], "uint32")
+    return keys
+
+
+def _phi3(config: Mapping[str, Any], rope: Mapping[str, Any], width: int) -> Metadata:
+    """A window of 0 is none."""
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    return {
+        "rope.dimension_count": (int(width * share), "uint32"),
+        "rope.scaling.original_context_length": (config["original_max_position_embeddings"], "uint32"),
+        "attention.sliding_window": (config.get("sliding_window") or 0, "uint32"),
+    }
+
+
 def _experts(config: Mapping[str, Any]) -> Metadata:
-    count = config.get("num_experts") or config.get("num_local_experts")
+    count = next((config[field] for field in COUNTS if config.get(field)), None)
     if not count:
         return {}
     keys: Metadata = {

@@ -23,7 +23,7 @@ from lorafit.errors import ModelError
 from lorafit.export.gguf_metadata import Metadata, model_metadata, rope_factors, tokenizer_metadata, with_tokens
 from lorafit.export.merge import Rounding
 from lorafit.export.opened import Opened
-from lorafit.export.placement import GATE_UP, Placement, placement
+from lorafit.export.placement import Placement, placement
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_config import hf_config
 from lorafit.formats.gguf_write import fits, rounded, write_gguf
@@ -33,6 +33,7 @@ from lorafit.model.head import decoder_of
 
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # llama.cpp's numbers of whole files
 CONVOLUTION = "ssm_conv1d.weight"  # (C, K) in the file, always F32
+WINDOWLESS = ("phi3",)  # llama.cpp reads the window and says that it is disabled
 TOP = ("token_embd.weight", "output.weight")
 DROPPED = (
     "quantize.",
@@ -56,14 +57,14 @@ class MergedFile:
     def write(self, path: Path) -> None:
         """Write the file and read its configuration back. Raises ModelError for what GGUF cannot say."""
         base = read_gguf(self.opened.path) if self.opened.path.is_file() else None
-        by_tensor = {entry.tensor: (name, entry) for name, entry in self.where.entries.items()}
+        by_tensor = {piece.entry.tensor: (name, piece) for name, found in self.where.pieces.items() for piece in found}
         extra = None if base else self._rope_factors()
         self._check_names()
-        rows = {self.where.entries[name].tensor: count for name, count in grown(self.opened.model).items()
-                if name in self.where.entries}  # fmt: skip
+        rows = {piece.entry.tensor: count for name, count in grown(self.opened.model).items()
+                for piece in self.where.pieces.get(name, [])}  # fmt: skip
         plan: dict[str, tuple[tuple[int, ...], str]] = {}
         for tensor in base.tensors if base else by_tensor:
-            shape = base.tensors[tensor].shape if base else by_tensor[tensor][1].shape
+            shape = base.tensors[tensor].shape if base else by_tensor[tensor][1].entry.shape
             shape = (shape[0], shape[2]) if tensor.endswith(CONVOLUTION) and len(shape) == 3 else shape
             shape = (rows.get(tensor, shape[0]), *shape[1:])
             plan[tensor] = (shape, self._format(tensor, shape))
@@ -74,39 +75,33 @@ class MergedFile:
             if tensor == ROPE_FACTORS and extra is not None:
                 return extra
             kind = plan[tensor][1]
-            name, entry = by_tensor.get(tensor, ("", None))
+            name, piece = by_tensor.get(tensor, ("", None))
             if base is not None and (
-                entry is None or (_whole(name) not in self.changes and base.tensors[tensor].type.name == kind)
+                piece is None or (name not in self.changes and base.tensors[tensor].type.name == kind)
             ):
                 return _bytes(base, tensor, kind)
-            assert entry is not None, f"{tensor} has no entry"
-            values, update = self._values(name)
+            assert piece is not None, f"{tensor} is no part of a parameter"
+            values, update = (None if one is None else piece.cut(one) for one in self._values(name))
+            assert values is not None, "every parameter has values"
             if update is not None:
                 values = values + update
                 self.rounding.note(values, torch.from_numpy(rounded(values.numpy(), kind)), update)
-            return entry.to_file(values).numpy()
+            return piece.entry.to_file(values).numpy()
 
         write_gguf(path, self.where.architecture, self._metadata(base), plan, load)
         if base is None:
             self._check_config(path)
 
     def _values(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """(a tensor of the base, what the adapter adds to it or None), fp32; experts' gate and up out of their one."""
-        whole = _whole(name)
-        values, change = self.opened.load(whole).float(), self.changes.get(whole)
-        rows = grown(self.opened.model).get(whole, len(values))
+        """(a parameter of the base, what the adapter adds to it or None), fp32, its outputs before its inputs."""
+        values, change = self.opened.load(name).float(), self.changes.get(name)
+        rows = grown(self.opened.model).get(name, len(values))
         values = F.pad(values, (0, 0, 0, rows - len(values))) if rows > len(values) else values
         update = None if change is None else change(values)
-        stack = self.opened.stack(whole)
-        if stack is None:
+        stack = self.opened.stack(name)
+        if stack is None or not stack.transposed:
             return values, update
-        rows = stack.out_features if whole == name else stack.out_features // len(GATE_UP)
-        start = 0 if whole == name else rows * GATE_UP.index(name.rpartition(".")[2])
-
-        def cut(whole_EOI: Tensor) -> Tensor:
-            return (whole_EOI.mT if stack.transposed else whole_EOI)[:, start : start + rows].contiguous()
-
-        return cut(values), None if update is None else cut(update)
+        return values.mT, None if update is None else update.mT
 
     def _format(self, tensor: str, shape: tuple[int, ...]) -> str:
         if len(shape) < 2 or "ffn_gate_inp" in tensor or tensor.endswith(CONVOLUTION) or not tensor.endswith("weight"):
@@ -122,7 +117,7 @@ class MergedFile:
             found |= with_tokens(found, self.opened.tokenizer)
         else:
             rows = grown(self.opened.model).get(EMBEDDING, self.opened.source.shapes[EMBEDDING][0])
-            config = {**self._config(), "vocab_size": rows}
+            config = {**self.opened.source.config, **self._config(), "vocab_size": rows}
             found = model_metadata(self.where.architecture, config, self.opened.path.name)
             found |= tokenizer_metadata(self.opened.tokenizer, rows, template)
         found["general.file_type"] = (FILE_TYPES[self.kind], "uint32")
@@ -134,9 +129,8 @@ class MergedFile:
     def _check_names(self) -> None:
         """Raise ModelError for a tensor that the file would leave out."""
         source = self.opened.source
-        named = {_whole(name) for name in self.where.entries}
         for name in source.shapes:
-            if name not in named and not source.ignorable(name):
+            if name not in self.where.pieces and not source.ignorable(name):
                 what = f"has no place in GGUF's {self.where.architecture} files"
                 raise ModelError(f"{source.place}: {name}", what, "export to peft, or merge to a folder")
 
@@ -163,9 +157,9 @@ class MergedFile:
                 str(self.opened.path), f"{what} {error.what}", "export to peft, or merge to a folder"
             ) from None
         window = ours.get("sliding_window") if ours.get("use_sliding_window", True) else None
-        if window and "sliding_window" not in theirs:
+        if window and ("sliding_window" not in theirs or self.where.architecture in WINDOWLESS):
             console.warn(
-                f"GGUF's {self.where.architecture} files have no sliding window: beyond {window} tokens it differs"
+                f"llama.cpp's {self.where.architecture} has no sliding window: beyond {window} tokens it differs"
             )
         for key, value in theirs.items():
             if key.endswith("token_id") or key == "model_type" or key not in ours or value is None:
@@ -184,12 +178,6 @@ def _same(theirs: Any, ours: Any) -> bool:
     return bool(theirs == ours) or ours is None
 
 
-def _whole(name: str) -> str:
-    """The parameter that a GGUF tensor is of: experts' gate and up are one in transformers."""
-    module, _, own = name.rpartition(".")
-    return f"{module}.gate_up_proj" if own in GATE_UP and module.endswith(".experts") else name
-
-
 def _bytes(base: GgufFile, tensor: str, kind: str) -> np.ndarray:
     """A tensor of the base as it lies in its file, or its values where the format changes."""
     found = base.tensors[tensor]
@@ -200,10 +188,5 @@ def _bytes(base: GgufFile, tensor: str, kind: str) -> np.ndarray:
 
 
 def merged_file(opened: Opened, kind: str, changes: Mapping[str, Change], rounding: Rounding) -> MergedFile:
-    """Ready to be written. Raises ModelError for a model type that has no GGUF architecture here, and for experts whose
-    gate and up are interleaved."""
-    where = placement(opened.path, opened.source)
-    for name in opened.source.shapes:
-        if opened.stack(name) is not None:
-            where.of(name, opened.source.place)
-    return MergedFile(opened, where, kind, changes, rounding)
+    """Ready to be written. Raises ModelError for a model type that has no GGUF architecture here."""
+    return MergedFile(opened, placement(opened.path, opened.source), kind, changes, rounding)

@@ -16,6 +16,7 @@ from lorafit.formats.gguf_experts import YARN, with_experts
 from lorafit.formats.gguf_linear import with_linear
 from lorafit.formats.names import ROPE_FACTORS, architecture_of, count, family_of, fault, layer_count
 
+LATENT_ATTENTION = ("deepseek2", "mistral4")
 LINEAR_ATTENTION = ("qwen3next", "qwen35", "qwen35moe")
 UNSUPPORTED = "use another model"
 TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
@@ -127,7 +128,9 @@ def _phi3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "sliding_window": gguf.value("phi3.attention.sliding_window", int, 0) or None,
         "rope_parameters": rope,
-        "original_max_position_embeddings": config["max_position_embeddings"],
+        "original_max_position_embeddings": count(
+            gguf, "phi3.rope.scaling.original_context_length", config["max_position_embeddings"], MAX_CONTEXT
+        ),
     }
 
 
@@ -166,8 +169,8 @@ def _token(gguf: GgufFile, name: str, vocabulary: int) -> int | None:
 def _head_dim(gguf: GgufFile, usual: int) -> int:
     """Features of a head; queries, keys and values must have the same number, all of them rotated."""
     architecture = gguf.metadata["general.architecture"]
-    if architecture == "deepseek2":  # the part that is rotated; the rest of its heads is another matter
-        return count(gguf, "deepseek2.rope.dimension_count")
+    if architecture in LATENT_ATTENTION:  # the part that is rotated; the rest of its heads is another matter
+        return count(gguf, f"{architecture}.rope.dimension_count")
     head_dim = count(gguf, f"{architecture}.attention.key_length", usual)
     partly = ("rope.dimension_count",) if architecture not in ("phi3", *LINEAR_ATTENTION) else ()
     for name in ("attention.value_length", *partly):
@@ -187,7 +190,7 @@ def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
     kind = gguf.value(f"{prefix}scaling.type", str, "linear")
     factor = _positive(gguf, f"{prefix}scaling.factor", 1.0)
     known: tuple[str, ...] = ("type", "factor", "original_context_length", "finetuned")
-    if architecture in ("mistral3", "olmo2", "gpt-oss", "deepseek2"):  # their converters write all of it
+    if architecture in ("mistral3", "olmo2", "gpt-oss", *LATENT_ATTENTION):  # their converters write all of it
         known += YARN
     read = {f"{prefix}scaling.{name}" for name in known}
     other = sorted(key for key in gguf.metadata if key.startswith(f"{prefix}scal") and key not in read)

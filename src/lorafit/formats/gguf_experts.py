@@ -5,25 +5,29 @@
     blk.3.attn_k_b.weight, blk.3.attn_v_b.weight            self_attn.kv_b_proj.weight, joined, the first transposed
 
 Rows of experts are used as they lie; what is joined has to be unpacked. Sources: llama.cpp's loaders and conversions of
-`qwen3moe`, `llama`, `gpt-oss`, `llama4`, `deepseek2`, `qwen2moe`, `olmoe`, `granitemoe`, `qwen3next`, `qwen35moe`.
+`qwen3moe`, `llama`, `gpt-oss`, `llama4`, `deepseek2`, `mistral4`, `qwen2moe`, `olmoe`, `granitemoe`, `qwen3next`,
+`qwen35moe`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lorafit.errors import ModelError
+from lorafit.formats import place
 from lorafit.formats.gguf import GgufFile
 from lorafit.formats.names import ROPE_FACTORS, Entry, count, family_of, fault
 from lorafit.formats.stacks import Stack, stack
 from lorafit.kernels.ops import Stored
 
-SIGMOID = 2  # of llama.cpp's gating functions
+SOFTMAX, SIGMOID = 1, 2  # of llama.cpp's gating functions
 LLAMA4_CHUNK, LLAMA4_NO_ROPE, LLAMA4_LARGE = 8192, 4, 128  # the last: experts of Maverick, which norms no heads
 YARN = ("yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier", "yarn_attn_factor", "yarn_ext_factor")
 
@@ -57,38 +61,42 @@ class Joined:
         return torch.stack([first, second], -1).flatten(-2) if self.alternate else torch.cat([first, second], -1)
 
 
-def join(gguf: GgufFile, entries: Mapping[str, Entry]) -> dict[str, Entry | Joined]:
+def join(entries: Mapping[str, Entry], alternate: bool, path: Path) -> dict[str, Entry | Joined]:
     """The entries with those that transformers has as one put together, but for the stacks of experts.
 
-    Raises ModelError where one of two is missing or they do not fit.
+    alternate: gate's and up's biases take turns. Raises ModelError, of the file `path`, where one of two is missing or
+    they do not fit.
     """
-    alternate = family_of(gguf).gates_alternate
     found: dict[str, Entry | Joined] = dict(entries)
     for name, entry in entries.items():
         if name.endswith(".experts.gate_proj_bias"):
-            other = _partner(gguf, entries, entry, name.replace(".gate_proj_bias", ".up_proj_bias"))
+            other = _partner(path, entries, entry, name.replace(".gate_proj_bias", ".up_proj_bias"))
             shape = (*entry.shape[:-1], entry.shape[-1] + other.shape[-1])
             del found[name], found[name.replace(".gate_proj_bias", ".up_proj_bias")]
             whole = name.replace(".gate_proj_bias", ".gate_up_proj_bias")
             found[whole] = Joined(entry, other, shape, alternate)
         elif name.endswith(".k_b_proj.weight"):
             value = name.replace(".k_b_proj", ".v_b_proj")
-            other = _partner(gguf, entries, entry, value)
+            other = _partner(path, entries, entry, value)
             if len(entry.shape) != 3 or entry.shape[::2] != (other.shape[0], entry.shape[2]):
-                raise fault(gguf, entry.tensor, f"has shape {list(entry.shape)} beside {list(other.shape)}")
+                raise _misshaped(path, entry, f" beside {list(other.shape)}")
             heads, rank, rows = entry.shape
             if other.shape[2] != rank:
-                raise fault(gguf, other.tensor, f"has shape {list(other.shape)}, not columns of {rank}")
+                raise _misshaped(path, other, f", not columns of {rank}")
             del found[name], found[value]
             shape = (heads * (rows + other.shape[1]), rank)
             found[name.replace(".k_b_proj", ".kv_b_proj")] = Joined(entry, other, shape, heads=heads)
     return found
 
 
-def _partner(gguf: GgufFile, entries: Mapping[str, Entry], entry: Entry, name: str) -> Entry:
+def _partner(path: Path, entries: Mapping[str, Entry], entry: Entry, name: str) -> Entry:
     if name not in entries:
-        raise fault(gguf, entry.tensor, f"stands without {name}", "the file is incomplete")
+        raise ModelError(place(path, entry.tensor), f"stands without {name}", "the file is incomplete")
     return entries[name]
+
+
+def _misshaped(path: Path, entry: Entry, what: str) -> ModelError:
+    return ModelError(place(path, entry.tensor), f"has shape {list(entry.shape)}{what}", "convert the model again")
 
 
 def stacks_of(gguf: GgufFile, entries: Mapping[str, Entry | Joined]) -> dict[str, Stack]:
@@ -128,7 +136,7 @@ def with_experts(gguf: GgufFile, architecture: str, config: dict[str, Any]) -> d
     """The configuration with what the file says of experts, and of the rest of these families."""
     own = {"qwen3_moe": _qwen3, "mixtral": _mixtral, "gpt_oss": _gpt_oss, "llama4_text": _llama4}
     own |= {"deepseek_v3": _deepseek, "qwen2_moe": _qwen2, "olmoe": _olmoe, "granitemoe": _granite}
-    own |= {"qwen3_next": _qwen3_next, "qwen3_5_moe_text": _qwen35}
+    own |= {"mistral4": _mistral4, "qwen3_next": _qwen3_next, "qwen3_5_moe_text": _qwen35}
     kind = config["model_type"]
     return config if kind not in own else config | own[kind](gguf, f"{architecture}.{{}}".format, config)
 
@@ -232,20 +240,60 @@ def _stepped_rope(gguf: GgufFile, rope: dict[str, Any], head_dim: int) -> dict[s
 
 
 def _deepseek(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """Latent attention: keys of a head are `key_length_mla` wide, `rope.dimension_count` of them rotated."""
-    if gguf.value(key("expert_gating_func"), int, 1) != SIGMOID:
+    """DeepSeek-V3, which chooses experts by sigmoids; Mistral Large 3, whose queries grow with their position, is
+    llama.cpp's `deepseek2` too."""
+    if key("attention.temperature_scale") in gguf.metadata:
+        return {"model_type": "mistral4", **_mistral4(gguf, key, config)}
+    if gguf.value(key("expert_gating_func"), int, SOFTMAX) != SIGMOID:
         what = "is not sigmoid: DeepSeek-V2 is not supported yet"
         raise fault(gguf, key("expert_gating_func"), what, "use DeepSeek-V3 or a model of its kind")
-    if key("attention.temperature_scale") in gguf.metadata:
-        raise fault(gguf, key("attention.temperature_scale"), "is not supported yet", "use another model")
+    rope, scale = config["rope_parameters"], _scale(gguf, key)
+    return {
+        **_latent(gguf, key, config),
+        "rope_parameters": rope if scale is None else {**rope, "mscale": scale, "mscale_all_dim": scale},
+    }
+
+
+def _mistral4(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Experts by softmax, and queries that grow with the logarithm of their position: by nothing where a file does not
+    say by how much, as llama.cpp's converter of Mistral Small 4 leaves it out."""
+    if gguf.value(key("expert_gating_func"), int, SOFTMAX) != SOFTMAX:
+        raise fault(gguf, key("expert_gating_func"), "is not softmax", "use another model")
+    rope, every = config["rope_parameters"], _scale(gguf, key)
+    if rope["rope_type"] != "yarn":
+        what = f"is {rope['rope_type']!r}, and Mistral 4's is yarn"
+        raise fault(gguf, key("rope.scaling.type"), what, "use another model")
+    growth, length = gguf.value(key("attention.temperature_scale"), float, 0.0), key("attention.temperature_length")
+    first = rope["original_max_position_embeddings"]
+    if growth and gguf.value(length, int, first) != first:
+        raise fault(gguf, length, f"is {gguf.metadata[length]}, not the first context's {first}", "use another model")
+    latent = _latent(gguf, key, config)
+    width = latent["qk_rope_head_dim"] + latent["qk_nope_head_dim"]
+    return {
+        **latent,
+        "head_dim": width,
+        "rope_parameters": {
+            **rope,
+            "mscale": 1.0,
+            "mscale_all_dim": every or 0.0,
+            "llama_4_scaling_beta": float(str(np.float32(growth))),
+            "partial_rotary_factor": latent["qk_rope_head_dim"] / width,
+        },
+    }
+
+
+def _scale(gguf: GgufFile, key: Any) -> float | None:
+    """mscale_all_dim, of which the file has a tenth."""
+    name = key("rope.scaling.yarn_log_multiplier")
+    return float(str(np.float32(10 * gguf.value(name, float)))) if name in gguf.metadata else None
+
+
+def _latent(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """Latent attention: keys of a head are `key_length_mla` wide, `rope.dimension_count` of them rotated."""
     rotated = count(gguf, key("rope.dimension_count"))
     width = count(gguf, key("attention.key_length_mla"))
     if width <= rotated:
         raise fault(gguf, key("attention.key_length_mla"), f"is {width}, of which {rotated} are rotated")
-    rope = config["rope_parameters"]
-    if key("rope.scaling.yarn_log_multiplier") in gguf.metadata:
-        scale = float(str(np.float32(10 * gguf.value(key("rope.scaling.yarn_log_multiplier"), float))))
-        rope = {**rope, "mscale": scale, "mscale_all_dim": scale}
     q_rank = key("attention.q_lora_rank")
     return {
         **_counts(gguf, key, "n_routed_experts"),
@@ -263,6 +311,5 @@ def _deepseek(gguf: GgufFile, key: Any, config: dict[str, Any]) -> dict[str, Any
         "v_head_dim": count(gguf, key("attention.value_length_mla")),
         "num_key_value_heads": config["num_attention_heads"],
         "rope_interleave": True,
-        "rope_parameters": rope,
         "head_dim": rotated,
     }

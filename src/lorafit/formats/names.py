@@ -113,6 +113,8 @@ class Family:
     """The file's norms multiply by what it holds; transformers' multiply by one more than their weight."""
     experts_last: bool = False
     """transformers' parameters of experts are (E, inputs, outputs); the file's are (E, outputs, inputs) always."""
+    experts_fused: bool = False
+    """llama.cpp's converter leaves experts' gate and up in one tensor. Files with two are read as well."""
     gates_alternate: bool = False
     """transformers interleaves the rows of experts' gate and up."""
 
@@ -149,6 +151,9 @@ FAMILIES = {
     ),
     "llama4": Family("llama4_text", LAYER | LLAMA4, experts_last=True),
     "deepseek2": Family("deepseek_v3", LAYER | EXPERTS | DEEPSEEK2),
+    "mistral4": Family(
+        "mistral4", _without(LAYER, "attn_k", "attn_v") | EXPERTS | FUSED_EXPERTS | DEEPSEEK2, experts_fused=True
+    ),
     "qwen3next": Family("qwen3_next", HYBRID_EXPERTS | LINEAR_NEXT, norms_plus_one=True),
     "qwen35": Family("qwen3_5_text", HYBRID | LINEAR_35, norms_plus_one=True),
     "qwen35moe": Family("qwen3_5_moe_text", HYBRID_EXPERTS | LINEAR_35, norms_plus_one=True),

@@ -160,7 +160,7 @@ class GgufSource(WeightSource):
         self._gguf: GgufFile = read_gguf(path)
         self.config = gguf_config.hf_config(self._gguf)
         entries = gguf_linear.arrange(names.entries(self._gguf), self.config, path)
-        self._entries = gguf_experts.join(self._gguf, entries)
+        self._entries = gguf_experts.join(entries, names.family_of(self._gguf).gates_alternate, path)
         self.stacks = gguf_experts.stacks_of(self._gguf, self._entries)
         self.shapes = gguf_experts.shapes_of(self._gguf, self._entries, self.stacks)
         self.packs = True

@@ -119,12 +119,8 @@ class Clock:
         if not work.looked:
             return 0.0
         rows = work.steps[0][0].length if work.steps and work.steps[0] else work.looked
-        inputs = sum(
-            columns * active
-            for layer in self.model.layers
-            for _, columns, ranks, active in _products(layer, self._ranks, 1)
-            if ranks
-        )
+        products = (product for layer in self.model.layers for product in _products(layer, self._ranks, 1))
+        inputs = sum(columns for _, columns, ranks in products if ranks)
         decomposed = work.looked * inputs * self.speeds.inputs(self.use.rank)
         return self.pack(Pack(work.looked, 0, rows), trains=False) + decomposed
 
