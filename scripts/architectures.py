@@ -47,7 +47,11 @@ COLUMNS = {  # a heading, and the tests that fill it, as "module::test"
     ),
     "resumes": ("test_architectures::test_resumes", "test_moe_experts::test_a_stopped_run.*"),
     "generates": ("test_architectures::test_generates", "test_moe_experts::test_answers.*"),
-    "GGUF export": ("test_gguf_adapter::test_base_plus.*", "test_gguf_model::test_f32.*"),
+    "GGUF export": (
+        "test_gguf_adapter::test_base_plus.*",
+        "test_gguf_model::test_f32.*",
+        "test_multimodal::test_gguf.*",
+    ),
 }
 REFUSED = {  # (model_type, column): why there is no test that passes
     ("qwen3_5_text", "packing"): "one row at a time",

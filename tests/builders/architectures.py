@@ -80,14 +80,15 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "qwen3_5": ("qwen3_5_text", PATCHES),
     "qwen3_5_moe": ("qwen3_5_moe_text", PATCHES),
+    "mistral3-mistral": ("mistral", {"model_type": "pixtral", **TOWER}),  # as Mistral Small 3
     "mistral3-mistral4": ("mistral4", {"model_type": "pixtral", **TOWER}),  # as Mistral Large 3
 }  # fmt: skip
 
 
-def tiny_wrapper(name: str, seed: int = 0) -> PreTrainedModel:
+def tiny_wrapper(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """transformers' multimodal model, fp32, with a tower whose linear layers have the names of the text part's."""
     text, tower = WRAPPED[name]
-    inner = {"model_type": text, **COMMON, **CONFIGS[text]}
+    inner = {"model_type": text, **COMMON, **CONFIGS[text], **changes}
     if name == "gemma3":
         inner["final_logit_softcapping"] = None  # which transformers' wrapper, other than its text model, leaves out
     given = copy.deepcopy({"text_config": inner, "vision_config": tower})
@@ -122,16 +123,19 @@ def fill(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def reference(name: str) -> PreTrainedModel:
-    """transformers' own tiny model of this name, a text model or a multimodal one."""
-    return tiny_wrapper(name) if name in WRAPPED else tiny(name)
+def reference(name: str, **changes: object) -> PreTrainedModel:
+    """transformers' own tiny model of this name, a text model or a multimodal one; changes: of the text part."""
+    return tiny_wrapper(name, **changes) if name in WRAPPED else tiny(name, **changes)
 
 
 def folder_of(name: str, folder: Path) -> Path:
     """The same as a Hugging Face folder; a multimodal one as transformers saves it."""
     model = reference(name)
-    if name not in WRAPPED:
-        return save_folder(model, folder)
+    return save_wrapper(model, folder) if name in WRAPPED else save_folder(model, folder)
+
+
+def save_wrapper(model: PreTrainedModel, folder: Path) -> Path:
+    """A multimodal model as transformers saves it, with the tiny tokenizer."""
     model.save_pretrained(folder)
     write_tiny_folder(folder)
     return folder

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from builders.architectures import tiny
+from builders.architectures import tiny, tiny_wrapper
 from builders.gguf_experts import ARCHITECTURES as MIXTURES
 from builders.gguf_experts import write_moe_gguf
 from builders.gguf_files import ARCHITECTURES, write_tiny_gguf
 from builders.models import OWN, YARN, tiny_model
-from builders.tokenizers_tiny import tiny_gguf_metadata
+from builders.tokenizers_tiny import VOCABULARY, tiny_gguf_metadata
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_config import hf_config
 from lorafit.formats.gguf_linear import arrange
@@ -53,11 +53,7 @@ def from_gguf(file: GgufFile) -> PreTrainedModel:
 
 
 def tiny_of(family: str, **changes: Any) -> PreTrainedModel:
-    """A tiny model as llama.cpp has it, which chooses windows, chunks, key heads and layers without rotation for some.
-
-    Linear attention's decays are weaker than transformers' first ones, whose logarithms add up to hundreds within a
-    chunk: their fp32 sums would be the largest error by far (docs/export.md).
-    """
+    """A tiny model as llama.cpp has it, which has its own windows, chunks, key heads, layers without rotation."""
     own = {
         "llama4_text": {"attention_chunk_size": 8192, "floor_scale": 8192},
         "mistral": {"sliding_window": None},
@@ -67,7 +63,21 @@ def tiny_of(family: str, **changes: Any) -> PreTrainedModel:
         "smollm3": {"num_hidden_layers": 4, "no_rope_layers": None},
     }
     make = tiny_model if family in OWN and family != "llama4_text" else tiny
-    model = make(family, **own.get(family, {}), **changes)
+    return weaker(make(family, **own.get(family, {}), **changes))
+
+
+def wrapper_of(name: str) -> PreTrainedModel:
+    """A tiny multimodal model, likewise."""
+    own = {
+        "llama4": {"attention_chunk_size": 8192, "floor_scale": 8192},
+        "mistral3-mistral": {"sliding_window": None},
+    }
+    return weaker(tiny_wrapper(name, vocab_size=VOCABULARY, **own.get(name, {})))
+
+
+def weaker(model: PreTrainedModel) -> PreTrainedModel:
+    """The same with weaker decays in linear attention: the logarithms of transformers' first ones add up to hundreds
+    within a chunk, and their fp32 sums would be the largest error by far (docs/export.md)."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".A_log"):
@@ -75,9 +85,9 @@ def tiny_of(family: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
-def written(model: PreTrainedModel, path: Path) -> Path:
-    """The model as a GGUF file, by the builder of its family."""
+def written(model: PreTrainedModel, path: Path, arch: str = "") -> Path:
+    """The model as a GGUF file, by the builder of its family; arch: another one that says it too."""
     kind = model.config.model_type
     if kind in MIXTURES:
-        return write_moe_gguf(path, model)
-    return write_tiny_gguf(path, model, ARCHITECTURES[kind], tiny_gguf_metadata())
+        return write_moe_gguf(path, model, arch=arch)
+    return write_tiny_gguf(path, model, arch or ARCHITECTURES[kind], tiny_gguf_metadata())

@@ -1,5 +1,7 @@
 """Adapters added into their base, written as a plain Hugging Face folder, one tensor in memory at a time.
 
+A multimodal model's folder becomes one again: only its text part changes.
+
     W' = W + sum of w_i D_i      or another way of combining (adapter/combine.py); fp32, rounded once at the end
 
 A quantised base is unpacked: its own format could not hold the update, whose values are smaller than its steps.
@@ -38,9 +40,11 @@ from lorafit.export.probes import log_probabilities, probes
 from lorafit.export.text_files import write_config, write_tokenizer
 from lorafit.export.verify import ours, rounding_facts, rounding_steps
 from lorafit.formats.folders import commit
-from lorafit.formats.safetensors import INDEX, SINGLE, stream_safetensors
+from lorafit.formats.safetensors import BYTES, INDEX, SINGLE, stream_safetensors
 
 DTYPES = {"fp32": (torch.float32, "F32"), "fp16": (torch.float16, "F16"), "bf16": (torch.bfloat16, "BF16")}
+Plan = dict[str, tuple[tuple[int, ...], str]]
+"""(shape, dtype) by name."""
 SHARD = 5_000_000_000  # bytes of a file at most, unless one tensor is larger
 
 
@@ -201,7 +205,8 @@ class Exact:
 
 
 def write_weights(opened: Opened, changes: dict[str, Change], folder: Path, dtype: str, rounding: Rounding) -> bool:
-    """All tensors, in files of at most SHARD bytes; returns whether the head is still the embedding."""
+    """All tensors, in files of at most SHARD bytes; returns whether the head is still the embedding. What a multimodal
+    folder has beside its text part is copied, unpacked if it is quantised."""
     source, (kind, code) = opened.source, DTYPES[dtype]
     exact = Exact(opened, changes)
     shapes = {name: opened.shape(name) for name in source.shapes if not source.ignorable(name)}
@@ -210,39 +215,48 @@ def write_weights(opened: Opened, changes: dict[str, Change], folder: Path, dtyp
     tied = HEAD not in shapes
     if tied and HEAD in changes:
         shapes[HEAD], tied = shapes[EMBEDDING], False  # the head goes its own way from here
+    own = {source.file_name(name): name for name in shapes}
+    plan = {name: (shapes[ours], code) for name, ours in own.items()}
+    for name, shape in source.others.items():
+        plan[name] = (shape, source.format(name) if source.format(name) in BYTES else code)
 
     def load(name: str) -> Tensor:
-        base, update = exact.of(name)
+        if name not in own:
+            return source.load(name) if plan[name][1] == source.format(name) else source.load(name).to(kind)
+        base, update = exact.of(own[name])
         merged = base.to(kind) if update is None else rounding.round(base.float(), update, kind)
         if not bool(torch.isfinite(merged).all()):
             raise ConfigError("--dtype", f"{dtype} cannot hold {name}: infinity or NaN", "give bf16 or fp32")
         return merged
 
-    files = list(_shards(shapes, torch.empty((), dtype=kind).element_size()))
+    files = list(_shards(plan))
     named: dict[str, str] = {}
     for number, part in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        stream_safetensors(folder / file, part, code, load)
+        stream_safetensors(folder / file, part, load)
         named |= dict.fromkeys(part, file)
     if len(files) > 1:
-        total = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.empty((), dtype=kind).element_size()
-        index = {"metadata": {"total_size": total}, "weight_map": named}
+        index = {"metadata": {"total_size": sum(map(_size, plan.values()))}, "weight_map": named}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return tied
 
 
-def _shards(shapes: dict[str, tuple[int, ...]], size: int) -> Iterator[dict[str, tuple[int, ...]]]:
+def _shards(plan: Plan) -> Iterator[Plan]:
     """The tensors by file, in order."""
-    part: dict[str, tuple[int, ...]] = {}
+    part: Plan = {}
     filled = 0
-    for name, shape in shapes.items():
-        needed = torch.Size(shape).numel() * size
-        if part and filled + needed > SHARD:
+    for name, entry in plan.items():
+        if part and filled + _size(entry) > SHARD:
             yield part
             part, filled = {}, 0
-        part[name] = shape
-        filled += needed
+        part[name] = entry
+        filled += _size(entry)
     yield part
+
+
+def _size(entry: tuple[tuple[int, ...], str]) -> int:
+    """Bytes of a tensor of this shape and dtype."""
+    return torch.Size(entry[0]).numel() * BYTES[entry[1]]
 
 
 def _verify(opened: Opened, folder: Path, dtype: str, data: str | None) -> dict[str, float]:

@@ -67,6 +67,8 @@ def placement(path: Path, source: WeightSource) -> Placement:
 
 def _architecture(source: WeightSource) -> str:
     kind = source.config["model_type"]
+    if source.part_of == "mistral3" and kind == "mistral":
+        return "mistral3"  # Mistral Small 3, which llama.cpp's converter knows by its wrapper
     found = ALSO.get(kind) or next((name for name, family in FAMILIES.items() if family.model_type == kind), None)
     if found is None:
         what = f"{kind!r} has no GGUF architecture that {UNKNOWN.get(kind, 'lorafit writes')}"

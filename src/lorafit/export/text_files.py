@@ -20,7 +20,8 @@ def write_config(opened: Opened, folder: Path, dtype: str, tied: bool) -> None:
         changes["tie_word_embeddings"] = False
     if grown(opened.model):
         changes["vocab_size"] = max(grown(opened.model).values())
-    save_plain.write_config(folder, opened.model, opened.tokenizer, opened.path, changes)
+    part_of = opened.source.part_of
+    save_plain.write_config(folder, opened.model, opened.tokenizer, opened.path, changes, part_of=part_of)
 
 
 def write_tokenizer(opened: Opened, folder: Path) -> None:

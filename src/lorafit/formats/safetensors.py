@@ -144,24 +144,26 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def stream_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, load: Callable[[str], Tensor]
+    path: Path, plan: Mapping[str, tuple[tuple[int, ...], str]], load: Callable[[str], Tensor]
 ) -> None:
-    """Write and sync a file whose tensors, all of one dtype, are made one at a time: no more than one is in memory.
+    """Write and sync a file whose tensors are made one at a time: no more than one is in memory.
 
-    load: gives the tensor of a name, of its shape and dtype. Raises OSError, and what `load` raises.
+    plan: (shape, dtype) by name; wide dtypes are written first, else in this order. load: gives the tensor of a name.
+    Raises OSError, and what `load` raises.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
+    names, end = sorted(plan, key=lambda name: -BYTES[plan[name][1]]), 0
+    for name in names:
+        shape, dtype = plan[name]
         start, end = end, end + math.prod(shape) * BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
+        for name in names:
             tensor = load(name)
-            assert (tuple(tensor.shape), tensor.element_size()) == (shape, BYTES[dtype]), f"{name} is not as announced"
+            assert (tuple(tensor.shape), NAMES[str(tensor.dtype)]) == plan[name], f"{name} is not as announced"
             file.write(tensor.contiguous().view(-1).view(uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

@@ -19,7 +19,10 @@ from lorafit.model.tokenizer import as_transformers
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "tokenizer.model", "vocab.json", "merges.txt")  # fmt: skip
-OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+OTHER_FILES = ("generation_config.json", "preprocessor_config.json", "processor_config.json",
+               "video_preprocessor_config.json")  # fmt: skip
+STALE = ("torch_dtype", "quantization_config")
+OUTSIDE = ("dtype", "tie_word_embeddings")  # what a multimodal configuration says for all of it
 TEMPLATE = "chat_template.jinja"
 
 
@@ -52,10 +55,25 @@ def save_plain(
 
 
 def write_config(
-    folder: Path, model: PreTrainedModel, tokenizer: TextTokenizer, source: Path, changes: Mapping[str, Any]
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: TextTokenizer,
+    source: Path,
+    changes: Mapping[str, Any],
+    part_of: str = "",
 ) -> None:
-    """config.json with `changes` and no quantisation, and what a source that is a folder has beside it."""
-    _write_json(folder / "config.json", {**_configuration(model, source), **changes})
+    """config.json with `changes` and no quantisation, and what a source that is a folder has beside it.
+
+    part_of: the multimodal model, by model_type, whose configuration is kept; the changes go into its text part.
+    """
+    config = _configuration(source, part_of or model.config.model_type)
+    if not config:  # a GGUF file, or the text part of a multimodal model
+        config = {**model.config.to_dict(), "architectures": [type(model).__name__], "use_cache": True}
+    if part_of:
+        text = {**config.get("text_config", {}), **changes}
+        config["text_config"] = {key: value for key, value in text.items() if key not in STALE}
+        changes = {key: value for key, value in changes.items() if key in OUTSIDE}
+    _write_json(folder / "config.json", {**config, **changes})
     for name in OTHER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -65,12 +83,13 @@ def write_config(
         _write_json(folder / "generation_config.json", known)
 
 
-def _configuration(model: PreTrainedModel, source: Path) -> dict[str, Any]:
+def _configuration(source: Path, model_type: str) -> dict[str, Any]:
+    """The folder's own, without what is no longer true; empty where it is of another model."""
     file = source / "config.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if found.get("model_type") != model.config.model_type:  # a GGUF file, or the text part of a multimodal model
-        return {**model.config.to_dict(), "architectures": [type(model).__name__], "use_cache": True}
-    return {key: value for key, value in found.items() if key not in ("torch_dtype", "quantization_config")}
+    if found.get("model_type") != model_type:
+        return {}
+    return {key: value for key, value in found.items() if key not in STALE}
 
 
 def write_tokenizer(folder: Path, tokenizer: TextTokenizer, source: Path, template: str | None) -> None:

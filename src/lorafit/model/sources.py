@@ -41,11 +41,17 @@ class WeightSource(ABC):
     """Whether some matrices are stored in fewer than 16 bits."""
     packs: bool
     """Whether matrices can be used as they lie in the file."""
+    others: dict[str, tuple[int, ...]]
+    """Tensors beside the text part, which `load` and `format` give too: a vision tower's, by the file's names."""
     stacks: dict[str, Stack]
     """The 3-D parameters that the file has in several tensors, or with their rows first; `shapes` has them whole, in
     transformers' shape where the file tells it, else (E, O, I)."""
     mapping: tuple[int, int] | None = None
     """First and last address of the read-only mapping that they are parts of: dropped pages of it come back."""
+
+    def file_name(self, name: str) -> str:
+        """What a whole model's file calls this tensor of the text part."""
+        return name
 
     def stored(self, name: str) -> Stored | None:
         """The matrix as it lies in the file, for operators that read it there; None where only `load` can give it."""
@@ -102,6 +108,7 @@ class FolderSource(WeightSource):
         shapes |= {name: parts.shape for name, parts in self._nf4.items()}
         kind = str(self.config["model_type"])
         self._names = {own: name for name in shapes if (own := own_name(name)) is not None}
+        self.others = {name: shape for name, shape in shapes.items() if self.part_of and own_name(name) is None}
         found = {own: shapes[name] for own, name in self._names.items()}
         self.stacks = stacks.of_matrices(found, kind, str(path))
         used = {name for stack in self.stacks.values() for part in stack.parts for name in part.names}
@@ -119,6 +126,15 @@ class FolderSource(WeightSource):
             if self._shards.dtypes[name] in ("U8", "I8"):
                 raise ModelError(place(path, name), f"has dtype {self._shards.dtypes[name]}, and no bitsandbytes parts")
         _check_sizes(self.config, len(self._shards.shapes), path / "config.json")
+
+    def file_name(self, name: str) -> str:
+        if not self.part_of:
+            return name
+        if name in self._names:
+            return self._names[name]
+        theirs = self._names["model.embed_tokens.weight"].removesuffix("embed_tokens.weight")
+        head = theirs.removesuffix("model.") if theirs.endswith(".model.") else ""  # beside the model, or on top
+        return theirs + name.removeprefix("model.") if name.startswith("model.") else head + name
 
     def stored(self, name: str) -> Stored | None:
         name = self._names.get(name, name)
@@ -163,7 +179,7 @@ class GgufSource(WeightSource):
         self._entries = gguf_experts.join(entries, names.family_of(self._gguf).gates_alternate, path)
         self.stacks = gguf_experts.stacks_of(self._gguf, self._entries)
         self.shapes = gguf_experts.shapes_of(self._gguf, self._entries, self.stacks)
-        self.packs = True
+        self.packs, self.others = True, {}
         starts = [(tensor.data.ctypes.data, tensor.nbytes) for tensor in self._gguf.tensors.values()]
         self.mapping = min(starts)[0], max(start + size for start, size in starts)
         self.quantised = any(tensor.type.elements > 1 for tensor in self._gguf.tensors.values())
