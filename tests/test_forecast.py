@@ -7,7 +7,7 @@ import json
 import pytest
 
 import lorafit
-from builders.architectures import CONFIGS, PER_LAYER, WRAPPED, folder_of, tiny
+from builders.architectures import CONFIGS, GEMMA4, WRAPPED, folder_of, tiny
 from builders.commands import QUICK, World, run
 from builders.models import OWN, frozen, tiny_model
 from lorafit import catalogue
@@ -78,7 +78,7 @@ def test_a_folder_with_only_a_configuration(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "changes"), [*((name, {}) for name in {**CONFIGS, **OWN}), ("gemma4_text", PER_LAYER)]
+    ("name", "changes"), [*((name, {}) for name in {**CONFIGS, **OWN}), ("gemma4_text", GEMMA4["small"])]
 )
 def test_every_architecture_has_the_parameters_that_training_finds(tmp_path, name, changes):
     """From a configuration alone: all numbers, and those of adapters on linear layers and experts."""

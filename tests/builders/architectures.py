@@ -53,9 +53,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": OWN["qwen3_5_moe_text"],
 }  # fmt: skip
 
-PER_LAYER = {  # as the small ones of Gemma 4: layers that take keys and values of an earlier one, embeddings per layer
-    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512, "num_kv_shared_layers": 2,
-    "use_double_wide_mlp": True,
+
+GEMMA4 = {  # changes of gemma4_text: as its dense models, its small ones and its mixture of experts are
+    "dense": {},
+    "small": {
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 512, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "attention_k_eq_v": False,
+    },
+    "experts": {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 24},
 }  # fmt: skip
 DENSE = (
     "llama", "smollm3", "granite", "phi3", "olmo2", "olmo3", "mistral", "ministral", "ministral3", "qwen2", "qwen3",

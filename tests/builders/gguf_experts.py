@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from builders.gguf_files import _add, _interleaved
+from builders.gguf_gemma4 import gemma4_metadata, gemma4_name, gemma4_table
 from builders.gguf_linear import KINDS as LINEAR
 from builders.gguf_linear import converted, linear_metadata
+from builders.stored_weights import random_weight
 from builders.tokenizers_tiny import tiny_gguf_metadata
 
 ARCHITECTURES = {
@@ -29,13 +32,15 @@ ARCHITECTURES = {
     "granitemoe": "granitemoe",
     "qwen3_next": "qwen3next",
     "qwen3_5_moe_text": "qwen35moe",
+    "gemma4_text": "gemma4",
 }
 
 
 def write_moe_gguf(
     path: Path, model: PreTrainedModel, tensor_type: str = "F32", *, fused: bool = False, arch: str = "", **changes: Any
 ) -> Path:
-    """The model as a GGUF file with matrices of this type, where their rows divide into its blocks; else F16.
+    """The model as a GGUF file with matrices of this type, where their rows divide into its blocks; else F16. In Q4_K,
+    which gguf-py does not write, they hold random blocks.
 
     arch: another architecture than the model's own, which says it in other words. fused: gate and up in one tensor, as
     Mistral 4's always are. changes: metadata keys to change, without the architecture; None takes one away.
@@ -56,14 +61,14 @@ def write_moe_gguf(
         for told, array in converted(name, values.numpy(), model.config)
     )
     for name, values in changed:
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        found = names.get_name(name, try_suffixes=(".weight", ".bias", ".scale"))
         assert found, f"{name} has no name in {arch}"
         array = values.contiguous().numpy()
         small = array.ndim == 1 or not found.endswith(".weight") or "ffn_gate_inp" in found or "conv1d" in found
         own = GGMLQuantizationType["F32" if small else tensor_type]
         if array.shape[-1] % gguf.GGML_QUANT_SIZES[own][0]:
             own = GGMLQuantizationType.F16
-        writer.add_tensor(found, quants.quantize(array, own), raw_dtype=own)
+        writer.add_tensor(found, _packed(array, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -71,10 +76,23 @@ def write_moe_gguf(
     return path
 
 
+def _packed(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    if kind != GGMLQuantizationType.Q4_K:
+        return quants.quantize(values, kind)
+    rows, columns = values.size // values.shape[-1], values.shape[-1]
+    data = random_weight("Q4_K", rows, columns, seed=rows + columns).data.numpy()
+    return data.reshape(*values.shape[:-1], -1)
+
+
 def _tensors(model: PreTrainedModel, fused: bool) -> Iterator[tuple[str, Tensor]]:
     config, kind = model.config, model.config.model_type
     last = kind in ("gpt_oss", "llama4_text")
+    if kind == "gemma4_text":
+        fused = True
+        yield "rope_freqs.weight", torch.from_numpy(gemma4_table(config))
     for name, parameter in model.state_dict().items():
+        if kind == "gemma4_text" and name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
         values = parameter.detach().float()
         if kind == "granitemoe":  # names as they were published
             name = name.replace("block_sparse_moe.router", "block_sparse_moe.router.layer")
@@ -103,11 +121,13 @@ def _tensors(model: PreTrainedModel, fused: bool) -> Iterator[tuple[str, Tensor]
         elif name.endswith(".sinks"):
             yield f"{name}.weight", values
         else:
-            yield name.replace("e_score_correction_bias", "e_score_correction.bias"), values
+            yield gemma4_name(name.replace("e_score_correction_bias", "e_score_correction.bias")), values
 
 
 def _metadata(model: PreTrainedModel) -> dict[str, Any]:
     config, kind = model.config, model.config.model_type
+    if kind == "gemma4_text":
+        return gemma4_metadata(config)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found = {
         "block_count": config.num_hidden_layers,

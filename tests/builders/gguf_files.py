@@ -17,12 +17,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from transformers import PreTrainedModel
 
+from builders.gguf_gemma4 import gemma4_metadata, gemma4_name, gemma4_table
 from builders.gguf_linear import converted, linear_metadata
 
 ARCHITECTURES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3",
     "granite": "granite", "smollm3": "smollm3", "ministral3": "mistral3", "phi3": "phi3", "olmo2": "olmo2",
-    "olmo3": "olmo2", "qwen3_5_text": "qwen35",
+    "olmo3": "olmo2", "qwen3_5_text": "qwen35", "gemma4_text": "gemma4",
 }  # fmt: skip
 INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 
@@ -70,6 +71,8 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 def _model_metadata(model: PreTrainedModel, arch: str) -> dict[str, Any]:
     config = model.config
+    if arch == "gemma4":
+        return {f"gemma4.{key}": value for key, value in gemma4_metadata(config).items()}
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
     metadata = {
@@ -140,8 +143,10 @@ def _file_tensors(model: PreTrainedModel, arch: str) -> dict[str, np.ndarray]:
         if arch == "gemma3" and name.endswith("norm.weight"):
             values = values + np.float32(1)
         for told, changed in converted(name, values, config):
-            tensors[names.get_name(told, try_suffixes=(".weight", ".bias"))] = changed
+            tensors[names.get_name(gemma4_name(told), try_suffixes=(".weight", ".bias"))] = changed
     rope = config.rope_parameters
+    if arch == "gemma4":
+        tensors["rope_freqs.weight"] = gemma4_table(config)
     if rope.get("rope_type") == "llama3":
         used = model.model.rotary_emb.inv_freq.numpy()
         plain = rope["rope_theta"] ** -(np.arange(len(used)) / len(used))

@@ -2,7 +2,7 @@
 
 It is the same on every machine: the text is below, the trainer breaks ties by token number, nothing is downloaded.
 Three forms of the same tokenizer: the class (`tiny_tokenizer`), a GGUF file's metadata (`tiny_gguf_metadata`) and
-a Hugging Face folder (`write_tiny_folder`).
+a Hugging Face folder (`write_tiny_folder`). Beside it one that is shaped like Gemma 4's, as a folder and as metadata.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+import gguf
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lorafit.formats.tokenizer import TextTokenizer
 
 VOCABULARY = 400
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 BOS, EOS = 1, 2
+GEMMA4_SHOWN = ("<|channel>", "<channel|>", "<|tool_call>", '<|"|>')  # in its files user-defined
+GEMMA4_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", *GEMMA4_SHOWN)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -116,3 +119,46 @@ def write_tiny_folder(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -
         config["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+@cache
+def _gemma4_parts() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.BpeTrainer(vocab_size=200, show_progress=False)
+    backend.train_from_iterator([*PARAGRAPH.splitlines(), "\n\n\n\n", "\n\n", "▁▁▁▁"] * 2, trainer)
+    model = json.loads(backend.to_str())["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].get)
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {token: number for number, token in enumerate([*GEMMA4_SPECIAL, *bytes_, *pieces])}
+    return vocabulary, [tuple(pair) for pair in model["merges"]]
+
+
+def write_gemma4_folder(folder: Path) -> Path:
+    """A tokenizer as Gemma 4 has it, by transformers' own class: BPE on characters, bytes for what it does not know."""
+    from transformers import GemmaTokenizer
+
+    vocabulary, merges = _gemma4_parts()
+    made = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=list(GEMMA4_SPECIAL[5:]))
+    made.save_pretrained(folder)
+    return folder
+
+
+def gemma4_gguf_metadata(folder: Path) -> dict[str, Any]:
+    """What llama.cpp's converter makes of that folder's tokenizer, by gguf-py's own reading of it."""
+    tokens, scores, types = [], [], []
+    for text, score, kind in gguf.LlamaHfVocab(folder).all_tokens():
+        tokens.append(text.decode())
+        scores.append(score)
+        types.append(int(gguf.TokenType.USER_DEFINED if tokens[-1] in GEMMA4_SHOWN else kind))
+    special = gguf.SpecialVocab(folder, load_merges=True)
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": special.merges,
+        **{f"tokenizer.ggml.{kind}_token_id": number for kind, number in special.special_token_ids.items()},
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": True,
+    }

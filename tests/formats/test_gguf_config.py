@@ -119,7 +119,9 @@ REFUSED = {
     ),
     "no heads": ({"llama.attention.head_count": 0}, "llama.attention.head_count: is 0, not 1 to"),
     "heads of text": ({"llama.attention.head_count": "4"}, "llama.attention.head_count: has type string, not int"),
-    "heads per layer": ({"llama.attention.head_count_kv": [2, 2]}, "head_count_kv: has type array of int32, not int"),
+    "heads per layer": ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv: differs between layers"),
+    "heads of one layer": ({"llama.attention.head_count_kv": [2]}, "head_count_kv: holds no number from 1 to"),
+    "heads of text per layer": ({"llama.attention.head_count_kv": [2, "2"]}, "head_count_kv: holds no number from 1"),
     "heads and width": (
         {"llama.attention.head_count": 5},
         "head_count: is 5, which does not divide 32",

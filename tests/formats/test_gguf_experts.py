@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorafit
-from builders.gguf_experts import ARCHITECTURES, write_moe_gguf
+from builders.gguf_experts import write_moe_gguf
 from builders.gguf_linear import KINDS as LINEAR
 from builders.gguf_linear import ROUNDED
 from builders.models import tiny_model
@@ -52,7 +52,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize("family", OWN)  # Gemma 4: in test_gguf_gemma4.py
 def test_the_configuration_and_every_value_come_back(family, tmp_path):
     """transformers' configuration of the file equals the model's in every field that the experts and the family need,
     and each parameter is the model's bit for bit: stacks by their parts, joined biases, kv_b from its halves."""

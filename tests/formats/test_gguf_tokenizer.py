@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from builders.tokenizers_tiny import CHAT_TEMPLATE, PARAGRAPH, SPECIAL, tiny_gguf_metadata, tiny_tokenizer
+from builders.tokenizers_tiny import (
+    CHAT_TEMPLATE,
+    GEMMA4_SPECIAL,
+    PARAGRAPH,
+    SPECIAL,
+    gemma4_gguf_metadata,
+    tiny_gguf_metadata,
+    tiny_tokenizer,
+    write_gemma4_folder,
+)
 from lorafit.errors import ModelError
 from lorafit.formats.gguf_tokenizer import PRE_TOKENIZERS, from_metadata
-from lorafit.formats.tokenizer import TextTokenizer
+from lorafit.formats.tokenizer import TextTokenizer, load_tokenizer
 
 PLACE = Path("model.gguf")
 PIECES = ["▁", "a", "b", "c", "ab", "bc", "abc", "▁a", "▁ab", "ca", "▁▁", "aa", "▁c", "cab"]
@@ -202,6 +213,51 @@ def test_an_end_of_turn_token_is_a_control_token_whatever_its_type() -> None:
     assert set(tokenizer.special) == set(SPECIAL)
     assert tokenizer.end_ids == {0, 2}
     assert build(metadata | {"tokenizer.ggml.eot_token_id": 1}).end_ids == {0, 1, 2}
+
+
+GEMMA4_TEXTS = (
+    *TEXTS,
+    "\n", "\n\n", "a\n\n\nb\n\n\n\n\n c", " leading   and    trailing  ", "tabs\t\tand ▁ itself", "東京🚢é",
+    '<|turn>user\nHi<turn|>\n<|tool_call>call:f{a:<|"|>b<|"|>}', "<0x41> <unk>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", GEMMA4_TEXTS)
+def test_gemma_4_is_read_as_the_converter_writes_it(text: str, tmp_path: Path) -> None:
+    """What gguf-py makes of a tokenizer of transformers' class gives that tokenizer's ids, and the text back."""
+    folder = write_gemma4_folder(tmp_path)
+    ours, theirs = build(gemma4_gguf_metadata(folder)), AutoTokenizer.from_pretrained(folder)
+    wanted = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode(text).ids == wanted
+    assert ours.decode(wanted) == text.replace("▁", " ")  # as in transformers: it stands for a space
+    assert load_tokenizer(folder).encode(text, parse_special=False).ids == ours.encode(text, parse_special=False).ids
+
+
+def test_gemma_4s_shown_tokens_are_control_tokens(tmp_path: Path) -> None:
+    """The converter calls some user-defined, so that llama.cpp shows them: text that looks like one stays text here."""
+    folder = write_gemma4_folder(tmp_path)
+    metadata = gemma4_gguf_metadata(folder)
+    assert metadata["tokenizer.ggml.token_type"][GEMMA4_SPECIAL.index("<|channel>")] == 4
+    ours = build(metadata)
+    assert set(ours.special) == set(GEMMA4_SPECIAL)
+    assert not set(ours.encode('<|channel> <|"|>', parse_special=False).ids) & set(ours.special.values())
+    assert (ours.add_bos, ours.bos_token, ours.eos_token) == (True, "<bos>", "<eos>")
+    assert ours.special["<turn|>"] in ours.end_ids
+    del metadata["tokenizer.ggml.add_bos_token"], metadata["tokenizer.ggml.add_space_prefix"]
+    again = build(metadata | {"tokenizer.ggml.pre": "default"})  # which llama.cpp does not read here
+    assert again.add_bos
+    assert again.encode("a b").ids == ours.encode("a b").ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"), [({"merges": None}, "merges"), ({"merges": ["a"]}, "merges[0]"), ({"tokens": ["a"]}, "")]
+)
+def test_a_damaged_gemma_4_tokenizer_is_refused(changes: dict[str, Any], key: str, tmp_path: Path) -> None:
+    """No merges, a merge of one token, arrays that do not fit: one line that names the key."""
+    metadata = gemma4_gguf_metadata(write_gemma4_folder(tmp_path))
+    metadata |= {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+    with pytest.raises(ModelError, match=rf"model.gguf: tokenizer.ggml.{re.escape(key)}"):
+        build({name: value for name, value in metadata.items() if value is not None})
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from builders.architectures import CONFIGS, PER_LAYER, tiny
+from builders.architectures import CONFIGS, GEMMA4, tiny
 from lorafit.model import attention
 from lorafit.model.architectures import LINEAR_ATTENTION
 
@@ -26,7 +26,7 @@ def ours(model):
     return other
 
 
-@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in CONFIGS), ("gemma4_text", PER_LAYER)])
+@pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in CONFIGS), ("gemma4_text", GEMMA4["small"])])
 def test_a_row_alone_has_transformers_logits(name, changes):
     """Windows, chunks, layers without rotation, narrow values, sinks: one row through our attention gives the logits of
     transformers' eager one, past the window, the chunk and the length from which queries are scaled."""

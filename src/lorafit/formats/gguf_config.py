@@ -13,11 +13,23 @@ import numpy as np
 
 from lorafit.formats.gguf import GgufFile
 from lorafit.formats.gguf_experts import YARN, with_experts
+from lorafit.formats.gguf_gemma4 import with_gemma4
 from lorafit.formats.gguf_linear import with_linear
-from lorafit.formats.names import ROPE_FACTORS, architecture_of, count, family_of, fault, layer_count
+from lorafit.formats.names import (
+    ROPE_FACTORS,
+    architecture_of,
+    count,
+    counts,
+    family_of,
+    fault,
+    layer_count,
+    positive,
+)
 
 LATENT_ATTENTION = ("deepseek2", "mistral4")
 LINEAR_ATTENTION = ("qwen3next", "qwen35", "qwen35moe")
+OWN_WIDTHS = (*LINEAR_ATTENTION, "gemma4")  # whose heads need not share the model's width out
+VARYING = ("gemma4",)  # families with layers of several shapes
 UNSUPPORTED = "use another model"
 TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 MAX_CONTEXT = 1 << 31  # tokens
@@ -33,25 +45,26 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
     """
     architecture = architecture_of(gguf)
     key = f"{architecture}.{{}}".format
-    hidden, heads = count(gguf, key("embedding_length")), count(gguf, key("attention.head_count"))
-    kv_heads = count(gguf, key("attention.head_count_kv"), heads)
-    for name, total, parts in (("head_count", hidden, heads), ("head_count_kv", heads, kv_heads)):
-        if total % parts and not (name == "head_count" and architecture in LINEAR_ATTENTION):
-            raise fault(gguf, key(f"attention.{name}"), f"is {parts}, which does not divide {total}")
     if "token_embd.weight" not in gguf.tensors:
         raise fault(gguf, "token_embd.weight", "is missing", "the file holds no whole model")
+    layers, hidden = layer_count(gguf, architecture), count(gguf, key("embedding_length"))
+    heads = _of_all(gguf, key("attention.head_count"), layers)
+    kv_heads = _of_all(gguf, key("attention.head_count_kv"), layers, heads)
+    for name, total, parts in (("head_count", hidden, heads), ("head_count_kv", heads, kv_heads)):
+        if total % parts and not (name == "head_count" and architecture in OWN_WIDTHS):
+            raise fault(gguf, key(f"attention.{name}"), f"is {parts}, which does not divide {total}")
     head_dim, vocabulary = _head_dim(gguf, hidden // heads), gguf.tensors["token_embd.weight"].shape[0]
     config: dict[str, Any] = {
         "model_type": family_of(gguf).model_type,
         "vocab_size": vocabulary,
         "hidden_size": hidden,
-        "intermediate_size": count(gguf, key("feed_forward_length"), _no_dense_layers(gguf, architecture)),
-        "num_hidden_layers": layer_count(gguf, architecture),
+        "intermediate_size": _of_all(gguf, key("feed_forward_length"), layers, _no_dense_layers(gguf, architecture)),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": count(gguf, key("context_length"), most=MAX_CONTEXT),
-        "rms_norm_eps": _positive(gguf, key("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": positive(gguf, key("attention.layer_norm_rms_epsilon")),
         "rope_parameters": _rope(gguf, architecture, head_dim),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
         **{f"{token}_token_id": _token(gguf, name, vocabulary) for token, name in TOKENS.items()},
@@ -60,10 +73,19 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
         config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
     if architecture in ("llama", "granite", "smollm3"):
         config["mlp_bias"] = "blk.0.ffn_up.bias" in gguf.tensors
-    own = {"gemma3": _gemma3, "granite": _granite, "granitemoe": _granite, "mistral3": _mistral3, "olmo2": _olmo2,
-           "phi3": _phi3, **dict.fromkeys(LINEAR_ATTENTION, with_linear)}.get(architecture)  # fmt: skip
+    own = {"gemma3": _gemma3, "gemma4": with_gemma4, "granite": _granite, "granitemoe": _granite,
+           "mistral3": _mistral3, "olmo2": _olmo2, "phi3": _phi3,
+           **dict.fromkeys(LINEAR_ATTENTION, with_linear)}.get(architecture)  # fmt: skip
     more = {"no_rope_layer_interval": NO_ROPE_EVERY} if architecture == "smollm3" else {}
     return with_experts(gguf, architecture, config | more | (own(gguf, config) if own else {}))
+
+
+def _of_all(gguf: GgufFile, key: str, layers: int, default: int | None = None) -> int:
+    """What all layers have, or in a family whose layers differ, the first."""
+    found = counts(gguf, key, layers, default)
+    if len(set(found)) > 1 and architecture_of(gguf) not in VARYING:
+        raise fault(gguf, key, "differs between layers, which is not supported in this family", UNSUPPORTED)
+    return found[0]
 
 
 def _no_dense_layers(gguf: GgufFile, architecture: str) -> int | None:
@@ -81,7 +103,7 @@ def _granite(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
         "logits_scaling": ("logit_scale", 1.0),
     }
     prefix = architecture_of(gguf)
-    return {field: _positive(gguf, f"{prefix}.{key}", default) for field, (key, default) in fields.items()}
+    return {field: positive(gguf, f"{prefix}.{key}", default) for field, (key, default) in fields.items()}
 
 
 def _mistral3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
@@ -137,23 +159,15 @@ def _phi3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 def _gemma3(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     period = count(gguf, "gemma3.attention.sliding_window_pattern", 6)
-    local = {"rope_type": "default", "rope_theta": _positive(gguf, "gemma3.rope.freq_base_swa", 10000.0)}
+    local = {"rope_type": "default", "rope_theta": positive(gguf, "gemma3.rope.freq_base_swa", 10000.0)}
     softcap = "gemma3.final_logit_softcapping"
     return {
         "sliding_window": count(gguf, "gemma3.attention.sliding_window"),
         "layer_types": ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)],
         "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": local},
         "query_pre_attn_scalar": config["hidden_size"] // heads if layers == GEMMA3_27B_LAYERS else config["head_dim"],
-        "final_logit_softcapping": _positive(gguf, softcap) if softcap in gguf.metadata else None,
+        "final_logit_softcapping": positive(gguf, softcap) if softcap in gguf.metadata else None,
     }
-
-
-def _positive(gguf: GgufFile, key: str, default: float | None = None) -> float:
-    """A positive number, as the shortest decimal that is the same fp32: 1e-05, not the 9.99999975e-06 in the file."""
-    value = gguf.value(key, float, default)
-    if not 1e-30 < value < 1e30:
-        raise fault(gguf, key, f"is {value}")
-    return float(str(np.float32(value)))
 
 
 def _token(gguf: GgufFile, name: str, vocabulary: int) -> int | None:
@@ -186,9 +200,9 @@ def _head_dim(gguf: GgufFile, usual: int) -> int:
 def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
     """transformers' `rope_parameters`."""
     prefix = f"{architecture}.rope."
-    theta = _positive(gguf, f"{prefix}freq_base", 10000.0)
+    theta = positive(gguf, f"{prefix}freq_base", 10000.0)
     kind = gguf.value(f"{prefix}scaling.type", str, "linear")
-    factor = _positive(gguf, f"{prefix}scaling.factor", 1.0)
+    factor = positive(gguf, f"{prefix}scaling.factor", 1.0)
     known: tuple[str, ...] = ("type", "factor", "original_context_length", "finetuned")
     if architecture in ("mistral3", "olmo2", "gpt-oss", *LATENT_ATTENTION):  # their converters write all of it
         known += YARN
@@ -210,7 +224,7 @@ def _rope(gguf: GgufFile, architecture: str, head_dim: int) -> dict[str, Any]:
         fields = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
         for field, name in fields.items():
             if f"{prefix}scaling.{name}" in gguf.metadata:
-                rope[field] = _positive(gguf, f"{prefix}scaling.{name}")
+                rope[field] = positive(gguf, f"{prefix}scaling.{name}")
         if f"{prefix}scaling.yarn_log_multiplier" in gguf.metadata:
             every = gguf.value(f"{prefix}scaling.yarn_log_multiplier", float)
             rope |= {"mscale": 1.0, "mscale_all_dim": float(str(np.float32(every)))}

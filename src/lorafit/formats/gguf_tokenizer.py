@@ -1,12 +1,13 @@
 """A GGUF file's tokenizer, built straight from its metadata (no tokenizer.json, no transformers).
 
-A GGUF file lists the tokens with a type each, and one of two ways to join characters into them:
+A GGUF file lists the tokens with a type each, and one of three ways to join characters into them:
 
     gpt2    byte-level BPE: text is cut into words by the pre-tokenizer that `tokenizer.ggml.pre` names, words are
             spelled in 256 byte letters, and `merges` says which neighbours join first
     llama   SentencePiece BPE: no words; spaces become "▁", and the neighbours whose union has the best score join
             first. `tokenizers` wants merges, so they are recovered from the vocabulary: every cut of a piece into two
             pieces is a merge, ranked by the piece's score
+    gemma4  BPE by `merges` on whole characters: no words; spaces become "▁", and what has no token is spelled in bytes
 
 Types: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte. Control tokens are recognised in text as a
 whole and are special; user-defined ones are recognised as a whole and are text.
@@ -29,6 +30,9 @@ from lorafit.formats.gguf import GgufFile
 from lorafit.formats.tokenizer import END_OF_TURN, TextTokenizer, end_ids
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+KINDS = ("gpt2", "llama", "gemma4")
+# Control tokens of Gemma 4 that its files call user-defined, so that llama.cpp shows them.
+SHOWN = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -153,21 +157,25 @@ def from_metadata(metadata: Mapping[str, Any], path: Path, template: str | None 
     """
     keys = _Keys(metadata, path)
     kind = keys.scalar("tokenizer.ggml.model", str)
-    if kind not in ("gpt2", "llama"):
-        raise keys.error("tokenizer.ggml.model", f"{kind!r} is not supported", "supported are 'gpt2' and 'llama'")
+    if kind not in KINDS:
+        remedy = f"supported are {', '.join(map(repr, KINDS))}"
+        raise keys.error("tokenizer.ggml.model", f"{kind!r} is not supported", remedy)
     tokens = keys.array("tokenizer.ggml.tokens", (str,))
     bos, eos, eot, eom = (
         keys.token_id(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("bos", "eos", "eot", "eom")
     )
     ends = [number for number in (eos, eot, eom) if number is not None]
     types = _types(keys, tokens, ends if bos is None else [bos, *ends])
-    backend = _byte_level(keys, tokens) if kind == "gpt2" else _sentencepiece(keys, tokens, types)
+    if kind == "gpt2":
+        backend = _byte_level(keys, tokens)
+    else:
+        backend = _sentencepiece(keys, tokens, types, merged=kind == "gemma4")
     special = {token: number for number, token in enumerate(tokens) if types[number] in (CONTROL, UNKNOWN)}
     _add_whole_tokens(backend, special, [token for n, token in enumerate(tokens) if types[n] == USER_DEFINED])
 
     add_bos = keys.scalar("tokenizer.ggml.add_bos_token", bool)
     if add_bos is None:  # files from before the flag: what llama.cpp assumes
-        add_bos = kind == "llama" or PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].whole
+        add_bos = kind != "gpt2" or PRE_TOKENIZERS[metadata["tokenizer.ggml.pre"]].whole
     return TextTokenizer(
         backend=backend,
         chat_template=keys.scalar("tokenizer.chat_template", str) if template is None else template,
@@ -185,16 +193,17 @@ def from_metadata(metadata: Mapping[str, Any], path: Path, template: str | None 
 def _types(keys: _Keys, tokens: Sequence[str], control: Sequence[int]) -> list[int]:
     """Each token's type; what begins or ends a text is a control token, whatever the file says.
 
-    Some converters lose the flag of end-of-turn tokens; llama.cpp corrects it in the same way.
+    Some converters lose the flag of end-of-turn tokens; llama.cpp corrects it in the same way. Gemma 4's loses it on
+    purpose.
     """
     types = [NORMAL] * len(tokens)
     if "tokenizer.ggml.token_type" in keys.metadata:
         types = list(keys.array("tokenizer.ggml.token_type", (int,), len(tokens)))
     for number in control:
         types[number] = CONTROL
+    known = (*END_OF_TURN, *(SHOWN if keys.metadata["tokenizer.ggml.model"] == "gemma4" else ()))
     return [
-        CONTROL if kind == USER_DEFINED and token in END_OF_TURN else kind
-        for kind, token in zip(types, tokens, strict=True)
+        CONTROL if kind == USER_DEFINED and token in known else kind for kind, token in zip(types, tokens, strict=True)
     ]
 
 
@@ -223,14 +232,7 @@ def _byte_level(keys: _Keys, tokens: Sequence[str]) -> Tokenizer:
         what = "is missing" if name is None else f"{name!r} is not known"
         raise keys.error("tokenizer.ggml.pre", what, f"it says how text is cut into words; known are {known}")
     vocabulary = _numbered(keys, tokens)
-    merges = []
-    for number, merge in enumerate(keys.array("tokenizer.ggml.merges", (str,))):
-        left, space, right = merge.partition(" ")
-        if not (space and left in vocabulary and right in vocabulary and left + right in vocabulary):
-            raise keys.error(f"tokenizer.ggml.merges[{number}]", f"{merge!r:.60} does not join two tokens into a third")
-        merges.append((left, right))
-
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.whole))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(keys, vocabulary), ignore_merges=split.whole))
     if split.nfc:
         backend.normalizer = normalizers.NFC()
     cuts: list[Any] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in split.patterns]
@@ -242,11 +244,20 @@ def _byte_level(keys: _Keys, tokens: Sequence[str]) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(keys: _Keys, tokens: Sequence[str], types: Sequence[int]) -> Tokenizer:
-    """SentencePiece BPE from tokens, scores and types; what no piece covers falls back to byte tokens."""
-    scores = keys.array("tokenizer.ggml.scores", (float, int), len(tokens))
-    if any(math.isnan(score) for score in scores):
-        raise keys.error("tokenizer.ggml.scores", "holds NaN")
+def _merges(keys: _Keys, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The file's merges, each of two tokens into a third."""
+    merges = []
+    for number, merge in enumerate(keys.array("tokenizer.ggml.merges", (str,))):
+        left, space, right = merge.partition(" ")
+        if not (space and left in vocabulary and right in vocabulary and left + right in vocabulary):
+            raise keys.error(f"tokenizer.ggml.merges[{number}]", f"{merge!r:.60} does not join two tokens into a third")
+        merges.append((left, right))
+    return merges
+
+
+def _sentencepiece(keys: _Keys, tokens: Sequence[str], types: Sequence[int], *, merged: bool) -> Tokenizer:
+    """SentencePiece BPE from tokens, types and scores, or merges where the file has them (`merged`); what no piece
+    covers falls back to byte tokens."""
     # Runs of spaces are stored as spaces; the text will hold "▁" for them by then.
     pieces = ["▁" * len(token) if token and not token.strip(" ") else token for token in tokens]
     vocabulary = _numbered(keys, pieces)
@@ -259,7 +270,7 @@ def _sentencepiece(keys: _Keys, tokens: Sequence[str], types: Sequence[int]) -> 
     backend = Tokenizer(
         models.BPE(
             vocab=vocabulary,
-            merges=_recovered_merges(pieces, types, scores),
+            merges=_merges(keys, vocabulary) if merged else _recovered_merges(pieces, types, _scores(keys, pieces)),
             unk_token=None if unknown is None else pieces[unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -267,12 +278,20 @@ def _sentencepiece(keys: _Keys, tokens: Sequence[str], types: Sequence[int]) -> 
     )
     spaces: list[Any] = [normalizers.Replace(" ", "▁")]
     text: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if keys.scalar("tokenizer.ggml.add_space_prefix", bool) is not False:
+    if not merged and keys.scalar("tokenizer.ggml.add_space_prefix", bool) is not False:
         spaces.insert(0, normalizers.Prepend("▁"))
         text.append(decoders.Strip(" ", left=1))
     backend.normalizer = normalizers.Sequence(spaces)
     backend.decoder = decoders.Sequence(text)
     return backend
+
+
+def _scores(keys: _Keys, pieces: Sequence[str]) -> list[float]:
+    """A number for each piece."""
+    scores = keys.array("tokenizer.ggml.scores", (float, int), len(pieces))
+    if any(math.isnan(score) for score in scores):
+        raise keys.error("tokenizer.ggml.scores", "holds NaN")
+    return scores
 
 
 def _recovered_merges(pieces: Sequence[str], types: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ llama.cpp's conversion of each family.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -86,8 +86,6 @@ LINEAR = {  # see gguf_linear.py
     "attn_qkv": "linear_attn.in_proj_qkv",
     "attn_gate": "linear_attn.in_proj_z",
     "ssm_conv1d": "linear_attn.conv1d",
-    "ssm_dt": "linear_attn.dt_bias",
-    "ssm_a": "linear_attn.A_log",
     "ssm_norm": "linear_attn.norm",
     "ssm_out": "linear_attn.out_proj",
 }
@@ -96,6 +94,27 @@ LINEAR_NEXT = {
     "ssm_ba": "linear_attn.in_proj_ba",
 }
 LINEAR_35 = {"ssm_alpha": "linear_attn.in_proj_a", "ssm_beta": "linear_attn.in_proj_b"}
+LINEAR_PARAMETERS = {"ssm_dt.bias": "linear_attn.dt_bias", "ssm_a": "linear_attn.A_log"}
+TOP_GEMMA4 = {
+    "per_layer_token_embd": "model.embed_tokens_per_layer",
+    "per_layer_model_proj": "model.per_layer_model_projection",
+    "per_layer_proj_norm": "model.per_layer_projection_norm",
+}
+GEMMA4 = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+    "ffn_gate_inp": "router.proj",
+    **{f"ffn_{matrix}_exps": f"experts.{matrix}_proj" for matrix in ("gate_up", "gate", "up", "down")},
+}
+GEMMA4_PARAMETERS = {
+    "layer_output_scale.weight": "layer_scalar",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+}
 ROPE_FACTORS = "rope_freqs.weight"
 MAX_WIDTH = 1 << 20  # features, heads, layers
 
@@ -117,6 +136,10 @@ class Family:
     """llama.cpp's converter leaves experts' gate and up in one tensor. Files with two are read as well."""
     gates_alternate: bool = False
     """transformers interleaves the rows of experts' gate and up."""
+    top: dict[str, str] = field(default_factory=lambda: TOP)
+    """Module names outside of layers."""
+    parameters: dict[str, str] = field(default_factory=dict)
+    """Tensors within a layer whose parameter is no module's weight or bias."""
 
     def plus(self, module: str) -> float:
         """What the file's values of this GGUF module are larger by."""
@@ -154,9 +177,18 @@ FAMILIES = {
     "mistral4": Family(
         "mistral4", _without(LAYER, "attn_k", "attn_v") | EXPERTS | FUSED_EXPERTS | DEEPSEEK2, experts_fused=True
     ),
-    "qwen3next": Family("qwen3_next", HYBRID_EXPERTS | LINEAR_NEXT, norms_plus_one=True),
-    "qwen35": Family("qwen3_5_text", HYBRID | LINEAR_35, norms_plus_one=True),
-    "qwen35moe": Family("qwen3_5_moe_text", HYBRID_EXPERTS | LINEAR_35, norms_plus_one=True),
+    "qwen3next": Family("qwen3_next", HYBRID_EXPERTS | LINEAR_NEXT, norms_plus_one=True, parameters=LINEAR_PARAMETERS),
+    "qwen35": Family("qwen3_5_text", HYBRID | LINEAR_35, norms_plus_one=True, parameters=LINEAR_PARAMETERS),
+    "qwen35moe": Family(
+        "qwen3_5_moe_text", HYBRID_EXPERTS | LINEAR_35, norms_plus_one=True, parameters=LINEAR_PARAMETERS
+    ),
+    "gemma4": Family(
+        "gemma4_text",
+        LAYER | HEAD_NORMS | GEMMA_NORMS | GEMMA4,
+        experts_fused=True,
+        top=TOP | TOP_GEMMA4,
+        parameters=GEMMA4_PARAMETERS,
+    ),
 }
 MIXTRAL = Family("mixtral", LAYER | EXPERTS, interleaved=True)  # its architecture is `llama`, with experts
 
@@ -217,19 +249,16 @@ def placed(values: Tensor, order: np.ndarray, dim: int) -> Tensor:
 
 def hf_names(architecture: str, n_layers: int) -> dict[str, str]:
     """Every tensor name that a file of this architecture may hold, with its parameter's name."""
-    modules = dict(TOP)
-    names = MIXTRAL.layer | FAMILIES[architecture].layer if architecture == "llama" else FAMILIES[architecture].layer
+    family = FAMILIES[architecture]
+    modules, found = dict(family.top), {}
+    names = MIXTRAL.layer | family.layer if architecture == "llama" else family.layer
     for layer in range(n_layers):
-        for gguf_name, name in names.items():
-            modules[f"blk.{layer}.{gguf_name}"] = f"model.layers.{layer}.{name}"
-    found = {}
-    for old, new in modules.items():
-        if new.endswith(".A_log"):  # which has no suffix, as the next one has no weight
-            found[old] = new
-        elif new.endswith(".dt_bias"):
-            found[f"{old}.bias"] = new
-        else:
-            found |= {f"{old}.{kind}": _parameter(new, kind) for kind in ("weight", "bias")}
+        for ours, theirs in names.items():
+            modules[f"blk.{layer}.{ours}"] = f"model.layers.{layer}.{theirs}"
+        for ours, theirs in family.parameters.items():
+            found[f"blk.{layer}.{ours}"] = f"model.layers.{layer}.{theirs}"
+    for ours, theirs in modules.items():
+        found |= {f"{ours}.{kind}": _parameter(theirs, kind) for kind in ("weight", "bias")}
     return found
 
 
@@ -250,9 +279,11 @@ def entries(gguf: GgufFile) -> dict[str, Entry]:
     family = family_of(gguf)
     layers = layer_count(gguf, architecture)
     names = hf_names(architecture, layers)
-    heads = {"attn_q": count(gguf, f"{architecture}.attention.head_count")}
-    heads["attn_k"] = count(gguf, f"{architecture}.attention.head_count_kv", heads["attn_q"])
-    rotary = architecture in ("llama", "llama4")
+    heads = {}
+    if family.interleaved:
+        (heads["attn_q"], *_) = counts(gguf, f"{architecture}.attention.head_count", layers)
+        (heads["attn_k"], *_) = counts(gguf, f"{architecture}.attention.head_count_kv", layers, heads["attn_q"])
+    rotary = architecture in ("llama", "llama4", "gemma4")
     ahead = tuple(f"blk.{layer}." for layer in range(layers, layers + _ahead(gguf, architecture)))
     stored = [t for t in gguf.tensors.values() if not ((t.name == ROPE_FACTORS and rotary) or t.name.startswith(ahead))]
     unknown = [tensor.name for tensor in stored if tensor.name not in names]
@@ -261,7 +292,7 @@ def entries(gguf: GgufFile) -> dict[str, Entry]:
     found = {}
     for tensor in stored:
         module = tensor.name.split(".")[-2]
-        interleaved = heads.get(module, 0) if family.interleaved else 0
+        interleaved = heads.get(module, 0)
         if interleaved and tensor.shape[0] % (2 * interleaved):
             what = f"has {tensor.shape[0]} rows, which {interleaved} heads of even size do not divide"
             raise fault(gguf, tensor.name, what)
@@ -311,6 +342,24 @@ def count(gguf: GgufFile, key: str, default: int | None = None, most: int = MAX_
     if not 0 < value <= most:
         raise fault(gguf, key, f"is {value}, not 1 to {most}")
     return value
+
+
+def counts(gguf: GgufFile, key: str, layers: int, default: int | None = None) -> list[int]:
+    """The same for each layer: files may have one number for all of them or an array."""
+    found = gguf.metadata.get(key)
+    if not isinstance(found, list):
+        return [count(gguf, key, default)] * layers
+    if len(found) != layers or not all(type(one) is int and 0 < one <= MAX_WIDTH for one in found):
+        raise fault(gguf, key, f"holds no number from 1 to {MAX_WIDTH} for each of the {layers} layers")
+    return found
+
+
+def positive(gguf: GgufFile, key: str, default: float | None = None) -> float:
+    """A positive number, as the shortest decimal that is the same fp32: 1e-05, not the 9.99999975e-06 in the file."""
+    value = gguf.value(key, float, default)
+    if not 1e-30 < value < 1e30:
+        raise fault(gguf, key, f"is {value}")
+    return float(str(np.float32(value)))
 
 
 def layer_count(gguf: GgufFile, architecture: str) -> int:
