@@ -44,7 +44,7 @@ proof-track: $(VENV)/made-track
 	$(BIN)/python -m pytest proofs/test_track.py
 
 proof-export: $(VENV)/made-verify
-	$(BIN)/python -m pytest -s proofs/test_export.py proofs/test_export_experts.py
+	$(BIN)/python -m pytest -s proofs/test_export.py proofs/test_export_experts.py proofs/test_export_gemma4.py
 
 proof-serve: $(VENV)/made-verify
 	$(BIN)/python -m pytest -s proofs/test_serve.py

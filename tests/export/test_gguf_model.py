@@ -151,12 +151,12 @@ def test_the_tokenizer_survives():
 
 
 def test_a_model_without_a_gguf_name_is_refused(tmp_path):
-    """Gemma 4 here: by name, with what to do, and nothing is left."""
-    folder = save_folder(tiny("gemma4_text", vocab_size=VOCABULARY), tmp_path / "model")
+    """Ministral here: by name, with what to do, and nothing is left."""
+    folder = save_folder(tiny("ministral", vocab_size=VOCABULARY), tmp_path / "model")
     adapter = write_adapter(folder, tmp_path / "adapter")
     done = run("export", folder, adapter, "--to", "gguf-merged", "--out", tmp_path / "out" / "merged.gguf")
     assert done.code == 2
-    assert "'gemma4_text' has no GGUF architecture that lorafit writes" in done.err
+    assert "'ministral' has no GGUF architecture that lorafit writes" in done.err
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -184,7 +184,7 @@ def test_a_folder_and_a_file_are_one_base(kind: str, tmp_path: Path) -> None:
 def test_keys_of_layers_that_share_are_left_in_the_file(tmp_path: Path) -> None:
     """Published files of the small models hold k and v of layers that never use them, as their folders do."""
     model = model_of("small")
-    extra = {f"model.layers.3.self_attn.{name}_proj.weight": torch.ones(16, 32) for name in ("k", "v")}
+    extra = {f"model.layers.3.self_attn.{name}_proj.weight": torch.ones(32, 32) for name in ("k", "v")}
     extra["model.layers.3.self_attn.k_norm.weight"] = torch.ones(16)
     plain = model.state_dict
     model.state_dict = lambda: plain() | extra

@@ -9,7 +9,7 @@ share A, and each has its rows of B.
 
 llama.cpp multiplies B A by alpha / r, r being each tensor's own rank. Every scale is therefore baked into B, and alpha
 is the rank, or 0 where ranks differ, for which llama.cpp multiplies by 1 too: rsLoRA and patterns need no key.
-Source: llama.cpp, src/llama-adapter.cpp and its convert_lora_to_gguf.py.
+Source: llama.cpp, src/llama-adapter.cpp, src/llama-graph.cpp and its convert_lora_to_gguf.py.
 """
 
 from __future__ import annotations

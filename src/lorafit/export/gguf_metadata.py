@@ -17,10 +17,19 @@ import numpy as np
 
 from lorafit.errors import ModelError
 from lorafit.formats.gguf_experts import SIGMOID, SOFTMAX
-from lorafit.formats.gguf_tokenizer import CONTROL, NORMAL, PRE_TOKENIZERS, USER_DEFINED, from_metadata
+from lorafit.formats.gguf_gemma4 import UNUSED
+from lorafit.formats.gguf_tokenizer import (
+    CONTROL,
+    NORMAL,
+    PRE_TOKENIZERS,
+    SHOWN,
+    UNKNOWN,
+    USER_DEFINED,
+    from_metadata,
+)
 from lorafit.formats.tokenizer import TextTokenizer
 
-UNUSED, BYTE = 5, 6
+UNUSED_TOKEN, BYTE = 5, 6
 GGML = "tokenizer.ggml."
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of experts, by family
 YARN_BOUNDS = ("mistral3", "olmo2", "gpt-oss", "deepseek2", "mistral4")  # whose bounds are read from the file here
@@ -41,7 +50,7 @@ PROBES = (
 
 
 def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> Metadata:
-    """general.* and the architecture's own keys. Raises ModelError for rotary scaling that GGUF does not have."""
+    """general.* and the architecture's own keys; config: the model's, with every default in it."""
     heads = int(config["num_attention_heads"])
     kv_heads = int(config.get("num_key_value_heads") or heads)
     width = int(config.get("head_dim") or config["hidden_size"] // heads)
@@ -64,6 +73,8 @@ def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> M
     keys |= _scaling(architecture, full) | _experts(config) | _linear(config, rope, width)
     if architecture == "gemma3":
         keys |= _gemma3(config, rope)
+    if architecture == "gemma4":
+        keys |= _gemma4(config, rope)
     if architecture == "mistral3":
         keys |= _mistral3(full)
     if architecture == "llama4":
@@ -85,7 +96,7 @@ def model_metadata(architecture: str, config: Mapping[str, Any], name: str) -> M
 
 def _scaling(architecture: str, rope: Mapping[str, Any]) -> Metadata:
     kind = rope.get("rope_type", "default")
-    if kind in ("default", "llama3"):  # Llama 3's is a tensor of the file
+    if kind in ("default", "llama3", "proportional"):  # the last two are a tensor of the file
         return {}
     keys: Metadata = {
         "rope.scaling.type": (kind, "string"),
@@ -153,11 +164,11 @@ def _phi3(config: Mapping[str, Any], rope: Mapping[str, Any], width: int) -> Met
 
 def _experts(config: Mapping[str, Any]) -> Metadata:
     count = next((config[field] for field in COUNTS if config.get(field)), None)
-    if not count:
+    if not count or config.get("enable_moe_block") is False:
         return {}
     keys: Metadata = {
         "expert_count": (count, "uint32"),
-        "expert_used_count": (config["num_experts_per_tok"], "uint32"),
+        "expert_used_count": (config.get("num_experts_per_tok") or config["top_k_experts"], "uint32"),
         "expert_feed_forward_length": (config.get("moe_intermediate_size") or config["intermediate_size"], "uint32"),
     }
     if config.get("shared_expert_intermediate_size"):
@@ -207,26 +218,61 @@ def _gemma3(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Metadata:
     return keys
 
 
+def _gemma4(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Metadata:
+    """Layers of two kinds; numbers that differ between them are arrays, as the converter writes them."""
+    slides = [kind == "sliding_attention" for kind in config["layer_types"]]
+    full = config["per_layer_config"][str(slides.index(False))]
+    heads, width, layers = config["num_key_value_heads"], config["head_dim"], len(slides)
+    wide = full.get("head_dim", width)
+    shared = config["num_kv_shared_layers"]
+    keys: Metadata = {
+        "attention.key_length": (wide, "uint32"),
+        "attention.value_length": (wide, "uint32"),
+        "attention.key_length_swa": (width, "uint32"),
+        "attention.value_length_swa": (width, "uint32"),
+        "attention.sliding_window": (config["sliding_window"], "uint32"),
+        "attention.sliding_window_pattern": (slides, "array of bool"),
+        "attention.shared_kv_layers": (shared, "uint32"),
+        "embedding_length_per_layer_input": (config["hidden_size_per_layer_input"] or 0, "uint32"),
+        "final_logit_softcapping": (config["final_logit_softcapping"] or 0.0, "float32"),  # left out, it would be 30
+        "rope.freq_base_swa": (rope["sliding_attention"]["rope_theta"], "float32"),
+        "rope.dimension_count": (wide, "uint32"),
+        "rope.dimension_count_swa": (width, "uint32"),
+    }
+    if full.get("num_key_value_heads", heads) != heads:
+        by_layer = [heads if one else full["num_key_value_heads"] for one in slides]
+        keys["attention.head_count_kv"] = (by_layer, "array of int32")
+    if config["use_double_wide_mlp"] and shared:
+        own, width = layers - shared, config["intermediate_size"]
+        keys["feed_forward_length"] = ([width] * own + [2 * width] * shared, "array of int32")
+    return keys
+
+
 def rope_factors(config: Mapping[str, Any], frequencies: np.ndarray) -> np.ndarray | None:
-    """`rope_freqs.weight` of a Llama 3 model: the plain rotary frequencies over those in use; None for others."""
+    """`rope_freqs.weight`: of a Llama 3 model the plain rotary frequencies over those in use, of Gemma 4 what those in
+    full attention are divided by; None for others."""
     rope = config.get("rope_parameters") or {}
+    if rope.get("full_attention", {}).get("rope_type") == "proportional":
+        return np.where(frequencies > 0, rope["full_attention"].get("factor", 1.0), UNUSED).astype(np.float32)
     if rope.get("rope_type") != "llama3":
         return None
     plain = float(rope["rope_theta"]) ** -(np.arange(len(frequencies)) / len(frequencies))
     return (plain / frequencies).astype(np.float32)
 
 
-def tokenizer_metadata(tokenizer: TextTokenizer, rows: int, template: str) -> Metadata:
-    """tokenizer.* of a folder's tokenizer; rows: of the embedding. Raises ModelError for one that GGUF cannot say."""
+def tokenizer_metadata(tokenizer: TextTokenizer, rows: int, template: str, architecture: str = "") -> Metadata:
+    """tokenizer.* of a folder's tokenizer; rows: of the embedding; architecture: GGUF's, of which some have a kind of
+    their own. Raises ModelError for one that GGUF cannot say."""
     content = json.loads(tokenizer.backend.to_str())
     if content["model"]["type"] != "BPE":
         what = f"is a {content['model']['type']} tokenizer"
         raise ModelError(f"{tokenizer.place}: tokenizer.json", what, "convert the merged folder with llama.cpp")
     byte_level = not content["model"].get("byte_fallback")
+    kind = "gpt2" if byte_level else "gemma4" if architecture == "gemma4" else "llama"
     tokens, types = _tokens(tokenizer, content, rows)
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in content["model"]["merges"]]
     keys: Metadata = {
-        "tokenizer.ggml.model": ("gpt2" if byte_level else "llama", "string"),
+        "tokenizer.ggml.model": (kind, "string"),
         "tokenizer.ggml.tokens": (tokens, "array of string"),
         "tokenizer.ggml.token_type": (types, "array of int32"),
         "tokenizer.chat_template": (template, "string"),
@@ -235,14 +281,18 @@ def tokenizer_metadata(tokenizer: TextTokenizer, rows: int, template: str) -> Me
     for name, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if number is not None:
             keys[f"tokenizer.ggml.{name}_token_id"] = (number, "uint32")
-    if byte_level:
+    if kind != "llama":
         keys["tokenizer.ggml.merges"] = ([" ".join(pair) for pair in pairs], "array of string")
+    if byte_level:
         keys["tokenizer.ggml.pre"] = ("gpt-2", "string")
         return _with_pre(tokenizer, keys)
     unknown = content["model"].get("unk_token")
     if unknown is not None:
         keys["tokenizer.ggml.unknown_token_id"] = (tokenizer.backend.token_to_id(unknown), "uint32")
-    keys["tokenizer.ggml.scores"] = (_scores(tokens, pairs), "array of float32")
+    if kind == "gemma4":
+        keys["tokenizer.ggml.token_type"] = (_gemma4_types(tokens, types), "array of int32")
+    else:
+        keys["tokenizer.ggml.scores"] = (_scores(tokens, pairs), "array of float32")
     prefixed = '"Prepend"' in json.dumps(content.get("normalizer"))
     keys["tokenizer.ggml.add_space_prefix"] = (prefixed, "bool")
     _check_ids(tokenizer, keys)
@@ -275,14 +325,20 @@ def _tokens(tokenizer: TextTokenizer, content: Mapping[str, Any], rows: int) -> 
         token = by_id.get(number)
         tokens.append(f"[UNUSED{number}]" if token is None else token)
         if token is None:
-            types.append(UNUSED)
+            types.append(UNUSED_TOKEN)
         elif token == unknown:
-            types.append(2)
+            types.append(UNKNOWN)
         elif number in added:
             types.append(CONTROL if added[number] else USER_DEFINED)
         else:
             types.append(BYTE if content["model"].get("byte_fallback") and _is_byte(token) else NORMAL)
     return tokens, types
+
+
+def _gemma4_types(tokens: list[str], types: list[int]) -> list[int]:
+    """As its converter has them: no type of its own for the unknown token, and some control tokens as text."""
+    plain = (CONTROL if kind == UNKNOWN else kind for kind in types)
+    return [USER_DEFINED if token in SHOWN else kind for token, kind in zip(tokens, plain, strict=True)]
 
 
 def _is_byte(token: str) -> bool:

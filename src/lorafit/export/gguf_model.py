@@ -119,7 +119,7 @@ class MergedFile:
             rows = grown(self.opened.model).get(EMBEDDING, self.opened.source.shapes[EMBEDDING][0])
             config = {**self.opened.source.config, **self._config(), "vocab_size": rows}
             found = model_metadata(self.where.architecture, config, self.opened.path.name)
-            found |= tokenizer_metadata(self.opened.tokenizer, rows, template)
+            found |= tokenizer_metadata(self.opened.tokenizer, rows, template, self.where.architecture)
         found["general.file_type"] = (FILE_TYPES[self.kind], "uint32")
         if self.kind.startswith("Q"):
             found["general.quantization_version"] = (2, "uint32")
@@ -142,20 +142,19 @@ class MergedFile:
     def _rope_factors(self) -> np.ndarray | None:
         config = self._config()
         rotary = getattr(decoder_of(self.opened.model), "rotary_emb", None)
-        frequencies = getattr(rotary, "inv_freq", None)
+        frequencies = getattr(rotary, "inv_freq", getattr(rotary, "full_attention_inv_freq", None))
         return None if frequencies is None else rope_factors(config, frequencies.numpy())
 
     def _check_config(self, path: Path) -> None:
         """The written file must describe the model that it was made of."""
+        remedy = "export to peft, or merge to a folder"
         ours = self._config()
         ours["vocab_size"] = grown(self.opened.model).get(EMBEDDING, ours["vocab_size"])
         try:
             theirs = hf_config(read_gguf(path))
         except ModelError as error:
             what = f"cannot be said in a GGUF file of {self.where.architecture}: {error.place.rpartition(': ')[2]}"
-            raise ModelError(
-                str(self.opened.path), f"{what} {error.what}", "export to peft, or merge to a folder"
-            ) from None
+            raise ModelError(str(self.opened.path), f"{what} {error.what}", remedy) from None
         window = ours.get("sliding_window") if ours.get("use_sliding_window", True) else None
         if window and ("sliding_window" not in theirs or self.where.architecture in WINDOWLESS):
             console.warn(
@@ -166,7 +165,7 @@ class MergedFile:
                 continue
             if not _same(value, ours[key]):
                 what = f"is {ours[key]}, and GGUF's {self.where.architecture} files can only say {value}"
-                raise ModelError(f"{self.opened.path}: {key}", what[:300], "export to peft, or merge to a folder")
+                raise ModelError(f"{self.opened.path}: {key}", what[:300], remedy)
 
 
 def _same(theirs: Any, ours: Any) -> bool:

@@ -20,10 +20,20 @@ ALSO = {"mistral": "llama", "mixtral": "llama", "olmo3": "olmo2"}
 # What llama.cpp's converter does not know: MinistralForCausalLM is none of its conversion/__init__.py's names, and the
 # llama and mistral3 architectures have no sliding window.
 UNKNOWN = {"ministral": "llama.cpp knows, whose Mistrals have no sliding windows"}
-# What llama.cpp multiplies without asking for adapters; it takes a file that has some there and leaves them out.
-# Source: its src/models/deepseek2.cpp, of build 11549; measured in proofs/test_export_experts.py.
+# What llama.cpp multiplies without asking for adapters, though it takes a file that has some there; and what its
+# versions differ in: an expert's scale is multiplied into the update or is not. With what can be adapted instead.
+# Source: its src/models/deepseek2.cpp and gemma4.cpp, of build 11549; measured in proofs/test_export_*.py.
 LATENT = ("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b", "output")
-DEAF = {"deepseek2": LATENT, "mistral4": LATENT}
+NOT_ASKED = "and llama.cpp takes no adapter there"
+DIFFERENTLY = "where llama.cpp's versions scale an adapter differently"
+DEAF = {
+    "deepseek2": dict.fromkeys(LATENT, (NOT_ASKED, "mlp,experts,o_proj")),
+    "mistral4": dict.fromkeys(LATENT, (NOT_ASKED, "mlp,experts,o_proj")),
+    "gemma4": {
+        "per_layer_model_proj": (NOT_ASKED, "attention,mlp"),
+        "ffn_down_exps": (DIFFERENTLY, "all-linear,*.gate_up_proj"),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,10 @@ class Placement:
             raise ModelError(f"{place}: {path}", f"has no name in GGUF's {self.architecture} files", "merge it instead")
         for piece in found:
             module = piece.entry.tensor.split(".")[-2]
-            if module in DEAF.get(self.architecture, ()):
-                what = f"lies in {module}, and llama.cpp takes no adapter there in {self.architecture} models"
-                raise ModelError(
-                    f"{place}: {path}", what, "export to gguf-merged, or train with --targets mlp,experts,o_proj"
-                )
+            if module in DEAF.get(self.architecture, {}):
+                why, targets = DEAF[self.architecture][module]
+                what = f"lies in {module}, {why} in {self.architecture} models"
+                raise ModelError(f"{place}: {path}", what, f"export to gguf-merged, or train with --targets {targets}")
         return found
 
 
@@ -97,7 +106,7 @@ def _parts(name: str, shape: tuple[int, ...], family: Family, source: WeightSour
     module, _, own = name.rpartition(".")
     config = source.config
     if len(shape) == 3 and ".experts." in name:
-        turned = name not in getattr(source, "stacks", {}) and family.experts_last
+        turned = name not in source.stacks and family.experts_last
         outputs, inputs = shape[:0:-1] if turned else shape[1:]
         if own == "gate_up_proj" and not family.experts_fused:
             return dict.fromkeys((f"{module}.{part}" for part in GATE_UP), (shape[0], outputs // 2, inputs))

@@ -22,6 +22,7 @@ from lorafit.formats.names import ROPE_FACTORS, count, counts, fault, positive
 KEY = "gemma4.{}".format
 UNSUPPORTED = "use another model"
 UNUSED = 1e30  # what a frequency is divided by that does not rotate
+SOFTCAP = 30.0  # of logits, in llama.cpp, where a file does not say; 0 is none
 
 
 def with_gemma4(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def with_gemma4(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
             f"blk.{layer}.attn_v.weight" not in gguf.tensors for layer in range(own) if not slides[layer]
         ),
         "num_kv_shared_layers": shared,
-        "final_logit_softcapping": positive(gguf, softcap) if softcap in gguf.metadata else None,
+        "final_logit_softcapping": positive(gguf, softcap, SOFTCAP) if gguf.value(softcap, float, SOFTCAP) else None,
         "rope_parameters": {
             "full_attention": {
                 "rope_type": "proportional",
