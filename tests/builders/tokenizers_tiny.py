@@ -20,7 +20,7 @@ from lorafit.formats.tokenizer import TextTokenizer
 VOCABULARY = 400
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2
 BOS, EOS = 1, 2
-GEMMA4_SHOWN = ("<|channel>", "<channel|>", "<|tool_call>", '<|"|>')  # in its files user-defined
+GEMMA4_SHOWN = ("<|channel>", "<channel|>", "<|tool_call>", "<|tool_response>", '<|"|>')  # in its files user-defined
 GEMMA4_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", *GEMMA4_SHOWN)
 
 CHAT_TEMPLATE = (
@@ -135,11 +135,13 @@ def _gemma4_parts() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def write_gemma4_folder(folder: Path) -> Path:
-    """A tokenizer as Gemma 4 has it, by transformers' own class: BPE on characters, bytes for what it does not know."""
+    """A tokenizer as Gemma 4 has it, by transformers' own class: BPE on characters, bytes for what it does not know.
+    Its text ends at the end of a turn, and <eos> is nothing special to the converter then."""
     from transformers import GemmaTokenizer
 
     vocabulary, merges = _gemma4_parts()
-    made = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=list(GEMMA4_SPECIAL[5:]))
+    own = list(GEMMA4_SPECIAL[5:])
+    made = GemmaTokenizer(vocab=vocabulary, merges=merges, eos_token="<turn|>", extra_special_tokens=own)
     made.save_pretrained(folder)
     return folder
 

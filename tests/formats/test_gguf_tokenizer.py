@@ -238,11 +238,12 @@ def test_gemma_4s_shown_tokens_are_control_tokens(tmp_path: Path) -> None:
     folder = write_gemma4_folder(tmp_path)
     metadata = gemma4_gguf_metadata(folder)
     assert metadata["tokenizer.ggml.token_type"][GEMMA4_SPECIAL.index("<|channel>")] == 4
+    assert metadata["tokenizer.ggml.token_type"][GEMMA4_SPECIAL.index("<eos>")] == 1
     ours = build(metadata)
     assert set(ours.special) == set(GEMMA4_SPECIAL)
     assert not set(ours.encode('<|channel> <|"|>', parse_special=False).ids) & set(ours.special.values())
-    assert (ours.add_bos, ours.bos_token, ours.eos_token) == (True, "<bos>", "<eos>")
-    assert ours.special["<turn|>"] in ours.end_ids
+    assert (ours.add_bos, ours.bos_token, ours.eos_token) == (True, "<bos>", "<turn|>")
+    assert ours.end_ids == {ours.special[token] for token in ("<turn|>", "<eos>", "<|tool_response>")}
     del metadata["tokenizer.ggml.add_bos_token"], metadata["tokenizer.ggml.add_space_prefix"]
     again = build(metadata | {"tokenizer.ggml.pre": "default"})  # which llama.cpp does not read here
     assert again.add_bos

@@ -31,6 +31,8 @@ from lorafit.formats.tokenizer import END_OF_TURN, TextTokenizer, end_ids
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 KINDS = ("gpt2", "llama", "gemma4")
+# Tokens of Gemma 4 that end an answer beside the one that its files name; llama.cpp knows them by their text too.
+GEMMA4_ENDS = ("<eos>", "<|tool_response>")
 # Control tokens of Gemma 4 that its files call user-defined, so that llama.cpp shows them.
 SHOWN = ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 
@@ -165,6 +167,8 @@ def from_metadata(metadata: Mapping[str, Any], path: Path, template: str | None 
         keys.token_id(f"tokenizer.ggml.{name}_token_id", len(tokens)) for name in ("bos", "eos", "eot", "eom")
     )
     ends = [number for number in (eos, eot, eom) if number is not None]
+    if kind == "gemma4":
+        ends += [tokens.index(token) for token in GEMMA4_ENDS if token in tokens]
     types = _types(keys, tokens, ends if bos is None else [bos, *ends])
     if kind == "gpt2":
         backend = _byte_level(keys, tokens)
@@ -258,8 +262,8 @@ def _merges(keys: _Keys, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]
 def _sentencepiece(keys: _Keys, tokens: Sequence[str], types: Sequence[int], *, merged: bool) -> Tokenizer:
     """SentencePiece BPE from tokens, types and scores, or merges where the file has them (`merged`); what no piece
     covers falls back to byte tokens."""
-    # Runs of spaces are stored as spaces; the text will hold "▁" for them by then.
-    pieces = ["▁" * len(token) if token and not token.strip(" ") else token for token in tokens]
+    # Runs of spaces may be stored as spaces; the text will hold "▁" for them by then.
+    pieces = ["▁" * len(token) if token and not token.strip(" ") and not merged else token for token in tokens]
     vocabulary = _numbered(keys, pieces)
     unknown = keys.token_id("tokenizer.ggml.unknown_token_id", len(tokens))
     if unknown is None and not all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)):
