@@ -216,6 +216,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a last layer that slides": (
         "dense", {"attention.sliding_window_pattern": [False, True] * 2}, "lets the last layer's window slide"
     ),
+    "no layer that slides": ("dense", {"attention.sliding_window_pattern": [False] * 4}, "lets no layer's window"),
     "no window": ("dense", {"attention.sliding_window": None}, "attention.sliding_window: is missing"),
     "no width of sliding heads": ("dense", {"attention.key_length_swa": None}, "key_length_swa: is missing"),
     "odd heads": (

@@ -221,7 +221,7 @@ def _gemma3(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Metadata:
 def _gemma4(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Metadata:
     """Layers of two kinds; numbers that differ between them are arrays, as the converter writes them."""
     slides = [kind == "sliding_attention" for kind in config["layer_types"]]
-    full = config["per_layer_config"][str(slides.index(False))]
+    full = config["per_layer_config"].get(str(slides.index(False)), {})  # what full attention has of its own
     heads, width, layers = config["num_key_value_heads"], config["head_dim"], len(slides)
     wide = full.get("head_dim", width)
     shared = config["num_kv_shared_layers"]

@@ -66,13 +66,15 @@ def with_gemma4(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _slides(gguf: GgufFile, layers: int) -> list[bool]:
-    """Whether each layer's window slides; the last one's may not, in transformers."""
+    """Whether each layer's window slides: some do, in llama.cpp, and the last one's may not, in transformers."""
     key = KEY("attention.sliding_window_pattern")
     found = gguf.metadata.get(key)
     if not isinstance(found, list) or len(found) != layers or not all(type(one) is bool for one in found):
         raise fault(gguf, key, f"holds no truth value for each of the {layers} layers")
     if found[-1]:
         raise fault(gguf, key, "lets the last layer's window slide, which is not supported", UNSUPPORTED)
+    if not any(found):
+        raise fault(gguf, key, "lets no layer's window slide, which is not supported", UNSUPPORTED)
     return found
 
 
@@ -96,8 +98,7 @@ def _by_kind(gguf: GgufFile, slides: list[bool], heads: int) -> dict[bool, int]:
     for numbers in by_kind.values():
         if len(numbers) > 1 or any(heads % number for number in numbers):
             raise fault(gguf, key, f"is {found}: not one number that divides {heads} for each kind of layer")
-    (full,) = by_kind[False]
-    return {False: full, True: next(iter(by_kind[True]), full)}
+    return {kind: numbers.pop() for kind, numbers in by_kind.items()}
 
 
 def _sliding_width(gguf: GgufFile) -> int:
