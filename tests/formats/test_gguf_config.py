@@ -14,6 +14,7 @@ from builders.gguf_files import ARCHITECTURES, gguf_bytes, number_key, string_ke
 from builders.gguf_models import GGUF_FAMILIES, IDS, as_gguf, from_gguf
 from builders.models import tiny_model
 from lorafit.errors import ModelError
+from lorafit.formats import names
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_config import hf_config
 
@@ -163,6 +164,15 @@ def change(tmp_path: Path) -> Callable[..., GgufFile]:
         return GgufFile(file.path, file.metadata | metadata, file.types | types, file.tensors)
 
     return changed
+
+
+def test_numbers_may_be_given_for_each_layer(change: Callable[..., GgufFile]) -> None:
+    """An array of one number is that number, as in llama.cpp, for the configuration and for the order of rows."""
+    keys = {"head_count": [4, 4], "head_count_kv": [2, 2]}
+    arrays = {f"llama.attention.{key}": value for key, value in keys.items()} | {"llama.feed_forward_length": [48, 48]}
+    plain, same = change({}), change(arrays)
+    assert hf_config(same) == hf_config(plain)
+    assert names.entries(same) == names.entries(plain)
 
 
 def test_a_file_without_an_embedding_is_no_model(tmp_path: Path) -> None:
