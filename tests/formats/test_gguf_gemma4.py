@@ -27,6 +27,7 @@ from lorafit.formats.gguf_config import hf_config
 from lorafit.formats.gguf_write import write_gguf
 from lorafit.frozen.fingerprint import difference, fingerprint
 from lorafit.kernels import BLOCK_TYPES
+from lorafit.model.generate import generate
 from lorafit.model.load import bytes_by_format, frozen_weights, load_base
 from lorafit.model.sources import open_source
 from lorafit.training.step import accumulate
@@ -170,6 +171,35 @@ def test_it_trains_and_packs(kind: str, tmp_path: Path) -> None:
         last = accumulate(base.model, base.head, pack_rows(rows, range(4), 64))
         optimizer.step()
     assert last < 0.75 * loss
+
+
+@pytest.mark.parametrize("kind", GEMMA4)
+def test_layers_computed_twice_and_a_cache_change_nothing(kind: str, tmp_path: Path) -> None:
+    """Gradients are the same bits however many layers are computed again, keys that later layers share too; answers
+    with a cache are the likeliest tokens without one."""
+    model = model_of(kind)
+    source = open_source(write_moe_gguf(tmp_path / "m.gguf", model))
+    base = load_base(source, source.tokenizer(None), "packed", "fp32")
+    prompts, wanted = [[5, 9, 200, 31, 7, 88, 120, 44], [8, 1, 4], [90]], []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        for _ in range(6):
+            with torch.no_grad():
+                newest = model(input_ids=ids, use_cache=False).logits[0, -1].argmax()
+            ids = torch.cat([ids, newest.view(1, 1)], dim=1)
+        wanted.append(ids[0, len(prompt) :].tolist())
+    assert generate(base.model, prompts, max_tokens=6, end_ids=()) == wanted
+    lorafit.attach(base.model, rank=4)
+    for _, layer in adapted_layers(base.model):
+        layer.adapter.B.data.fill_(0.01)
+    base.model.train()
+    found = []
+    for layers in (0, 1, 2, 4):
+        base.model.zero_grad()
+        accumulate(base.model, base.head, pack_rows(random_rows([11, 7]), range(2), 64), checkpointed=layers)
+        found.append(torch.cat([p.grad.flatten() for p in base.model.parameters() if p.requires_grad]))
+    assert found[0].abs().sum() > 0
+    assert all(torch.equal(grad, found[0]) for grad in found)
 
 
 @pytest.mark.parametrize("kind", GEMMA4)
