@@ -24,7 +24,7 @@ LATENT = ("deepseek_v3", "mistral4")  # whose attention takes no adapter in llam
 FAMILIES = (
     "llama", "qwen3", "gemma3_text", "ministral3", "qwen2", "mistral", "smollm3", "granite", "qwen3_5_text", "phi3",
     "olmo2", "olmo3", "qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "granitemoe", "llama4_text", "qwen3_5_moe_text",
-    "qwen3_next", "gpt_oss", *LATENT,
+    "qwen3_next", "gpt_oss", "gemma4_text", *LATENT,
 )  # fmt: skip
 """What GGUF knows, and is exported to."""
 OLMO3_ROPE = {

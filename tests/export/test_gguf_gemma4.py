@@ -193,9 +193,9 @@ def test_layers_that_gguf_cannot_say_are_refused(tmp_path: Path) -> None:
     ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
              "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "factor": 2.0}}  # fmt: skip
     for kind, changes, said in (
-        ("small", sharing, "gemma4.attention.shared_kv_layers: is 2, and before these there is no layer"),
-        ("dense", {"layer_types": ["full_attention"] * 4}, "sliding_window_pattern: lets no layer's window slide"),
-        ("dense", {"rope_parameters": ropes}, "rope_freqs.weight: is no table of ones and then 1e30"),
+        ("small", sharing, "gemma4.attention.shared_kv_layers is 2, and before these there is no layer"),
+        ("dense", {"layer_types": ["full_attention"] * 4}, "sliding_window_pattern lets no layer's window slide"),
+        ("dense", {"rope_parameters": ropes}, "rope_freqs.weight is no table of ones and then 1e30"),
     ):
         folder = save_folder(model_of(kind, **changes), tmp_path / "model")
         adapter = write_adapter(folder, tmp_path / "adapter")

@@ -150,16 +150,6 @@ def test_the_tokenizer_survives():
     )  # fmt: skip
 
 
-def test_a_model_without_a_gguf_name_is_refused(tmp_path):
-    """Ministral here: by name, with what to do, and nothing is left."""
-    folder = save_folder(tiny("ministral", vocab_size=VOCABULARY), tmp_path / "model")
-    adapter = write_adapter(folder, tmp_path / "adapter")
-    done = run("export", folder, adapter, "--to", "gguf-merged", "--out", tmp_path / "out" / "merged.gguf")
-    assert done.code == 2
-    assert "'ministral' has no GGUF architecture that lorafit writes" in done.err
-    assert not list((tmp_path / "out").iterdir())
-
-
 def test_ministral_is_refused(tmp_path):
     """llama.cpp has no name for its windows: one line, with what to do."""
     folder = save_folder(tiny("ministral", vocab_size=VOCABULARY), tmp_path / "model")

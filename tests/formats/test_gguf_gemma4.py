@@ -16,7 +16,7 @@ from builders.architectures import GEMMA4, tiny
 from builders.gguf_experts import write_moe_gguf
 from builders.gguf_gemma4 import gemma4_metadata, gemma4_table
 from builders.models import save_folder
-from builders.published import Published
+from builders.published import text_of
 from builders.rows import random_rows
 from lorafit import catalogue
 from lorafit.adapter.attach import adapted_layers
@@ -87,17 +87,21 @@ def test_the_small_ones_layers_are_read_as_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_come_back(name: str) -> None:
     """The keys that the converter makes of a published configuration give it back, field by field."""
-    config = AutoConfig.for_model(**Published(name).config)
+    config = AutoConfig.for_model(**text_of(name))
     keys = {f"gemma4.{key}": value for key, value in gemma4_metadata(config).items()}
     keys |= {f"tokenizer.ggml.{name}_token_id": number for name, number in (("bos", 2), ("eos", 1), ("padding", 0))}
     table = gemma4_table(config)
     plain = GgufTensor("token_embd.weight", (config.vocab_size, 1), BLOCK_TYPES["F32"], np.zeros((1, 4), np.uint8))
-    shapes = {f"blk.{n}.attn_v.weight" for n, one in enumerate(config.layer_types) if one == "sliding_attention"}
+    own = [n for n, one in enumerate(config.layer_types) if one == "sliding_attention" or not config.attention_k_eq_v]
+    shapes = {f"blk.{n}.attn_v.weight" for n in own}
     tensors = {one: replace(plain, name=one) for one in ("token_embd.weight", *shapes, *map(str, range(60)))}
     data = table.view(np.uint8).reshape(1, -1)
     tensors["rope_freqs.weight"] = replace(plain, name="rope_freqs.weight", shape=table.shape, data=data)
     if config.enable_moe_block:
         tensors["blk.0.ffn_gate_inp.weight"] = plain
+    if config.hidden_size_per_layer_input:
+        shape = config.vocab_size_per_layer_input, 1
+        tensors["per_layer_token_embd.weight"] = replace(plain, name="per_layer_token_embd.weight", shape=shape)
     keys["general.architecture"] = "gemma4"
     again = AutoConfig.for_model(**hf_config(GgufFile(Path(name), keys, dict.fromkeys(keys, "uint32"), tensors)))
     unused = {
