@@ -3,7 +3,8 @@
     D = W_tuned - W_base,    B A = the nearest matrix of rank r to D      (Eckart and Young 1936)
 
 What a full fine-tuning did to a layer is often of low rank; how much of it the rank holds is said by layer, as the
-share of D's squared norm. Differences in embeddings, norms and biases cannot go into the adapter: they are counted.
+share of D's squared norm. Experts are taken apart one by one. Differences in embeddings, norms and biases cannot go
+into the adapter: they are counted.
 """
 
 from __future__ import annotations
@@ -40,16 +41,23 @@ def extract(
     opened, other = open_model(base, [], threads=threads), open_source(Path(tuned))
     if opened.model.config.tie_word_embeddings:
         other.shapes.pop("lm_head.weight", None)
-    _check_shapes(opened.source.shapes, other.shapes, opened.source.ignorable, tuned)
-    layers = {f"{path}.weight": path for path in select(opened.model, targets)}
+    shapes = {name: opened.shape(name) for name in opened.source.shapes}
+    turned = {name for name in shapes if getattr(opened.stack(name), "transposed", False)}
+    theirs = {name: _turned(shape) if name in turned & other.stacks.keys() else shape
+              for name, shape in other.shapes.items()}  # fmt: skip
+    _check_shapes(shapes, theirs, opened.source.ignorable, tuned)
+    layers = {path if opened.stack(path) else f"{path}.weight": path for path in select(opened.model, targets)}
     factors: dict[str, LowRank] = {}
     shares: dict[str, float] = {}
     inside = kept = outside = 0.0
     others: list[str] = []
-    for name in opened.source.shapes:
+    for name in shapes:
         if opened.source.ignorable(name):
             continue
-        difference = other.load(name).float() - opened.source.load(name).float()
+        tensor = other.joined(name).float()
+        tensor = tensor.mT if name in turned and name not in other.stacks else tensor  # (E, O, I)
+        own = opened.load(name).float()
+        difference = tensor - (own.mT if name in turned else own)
         energy = float(difference.square().sum(dtype=torch.float64))
         if not energy < float("inf"):
             raise ModelError(f"{tuned}: {name}", "differs by NaN or infinity", "the file is damaged")
@@ -80,6 +88,10 @@ def extract(
         "kept_by_layer": {layer: shares[layer] for layer in least},
         "outside": {"tensors": len(others), "share_of_all": outside / (outside + inside)},
     }
+
+
+def _turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _check_shapes(ours: Any, theirs: Any, ignorable: Any, place: str) -> None:

@@ -67,6 +67,18 @@ class WeightSource(ABC):
         if stored is not None and self.mapping is not None:
             machine.drop(stored.data.data_ptr(), stored.data.nbytes, [self.mapping])
 
+    def joined(self, name: str) -> Tensor:
+        """The same, or the stack of that name, fp32, as (E, O, I)."""
+        stack = self.stacks.get(name)
+        if stack is None:
+            return self.load(name)
+        experts, _, columns = stack.shape
+        values = torch.empty(stack.shape)
+        for part in stack.parts:
+            tall = torch.cat([self.load(one).float().reshape(-1, columns) for one in part.names])
+            values[:, part.columns] = tall.view(experts, -1, columns)
+        return values
+
     @abstractmethod
     def format(self, name: str) -> str:
         """The tensor's format in the file, such as Q4_1 or BF16; of a stack that of its first part."""
