@@ -133,6 +133,23 @@ def test_resumes(name, tmp_path):
     assert_same_run(whole, cut)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_batches_are_padded_on_the_right(name, tmp_path):
+    """Rows of several lengths in one call have the logits that they have alone; padding on the left, which no mask
+    here would hide, is refused."""
+    model, rows = base_of(name, tmp_path).model, [[5, 9, 200, 31, 7, 88, 120], [8, 1, 4]]
+    ids = torch.tensor([rows[0], [*rows[1], 0, 0, 0, 0]])
+    mask = torch.tensor([[1] * 7, [1, 1, 1, 0, 0, 0, 0]])
+    with torch.no_grad():
+        together = model(input_ids=ids, attention_mask=mask).logits
+        for got, row in zip(together, rows, strict=True):
+            want = model(input_ids=torch.tensor([row])).logits[0]
+            assert (got[: len(row)] - want).abs().max() < 2e-5 * want.abs().max()
+        for wrong in (mask.flip(1), mask[:, None, None, :]):
+            with pytest.raises(ConfigError, match="attention_mask: hides other tokens than those at the end of a row"):
+                model(input_ids=ids, attention_mask=wrong)
+
+
 @pytest.mark.parametrize("name", WRAPPED)
 def test_a_wrapper_is_its_text_part(name, tmp_path):
     """A multimodal folder, with transformers' old names of tensors or its new ones, is the text model inside: nothing

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from lorafit.errors import ConfigError
 from lorafit.kernels.attention import Rules, attend, attend_backward
 
 NAME = "lorafit_documents"
@@ -145,6 +146,17 @@ def _newest(
     sinks = sinks_H.float().view(1, k.shape[1], -1, 1).expand(*scores.shape[:3], 1)
     shares = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
     return (shares.to(v.dtype) @ v).reshape(*q.shape[:3], v.shape[3])
+
+
+def check_mask(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A model's forward pre-hook: no mask is ever applied here, and padding on the right needs none, since no token
+    sees those after it. Raises ConfigError for any other mask."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if not isinstance(mask, Tensor):
+        return
+    if mask.dim() != 2 or bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any()):
+        what = "hides other tokens than those at the end of a row, which would be ignored"
+        raise ConfigError("attention_mask", what, "pad on the right, or give one row at a time")
 
 
 def register() -> str:

@@ -149,6 +149,7 @@ def build(source: WeightSource, base: str, compute: torch.dtype, paged: bool = F
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"tensors without values: {left}"
     fuse(model)
+    model.register_forward_pre_hook(attention.check_mask, with_kwargs=True)
     return model.eval()
 
 
