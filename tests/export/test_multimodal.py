@@ -136,6 +136,26 @@ def test_gguf_of_a_wrapper(name, tmp_path):
         assert off(got, want) < 3e-5
 
 
+@pytest.mark.parametrize("name", WRAPPED)
+def test_peft_and_extract_of_a_wrapper(name, tmp_path):
+    """PEFT has the exported adapter's logits on transformers' multimodal class, and the merged folder's difference from
+    the base is the adapter again, under the text part's longer paths."""
+    folder = folder_of(name, tmp_path / "model")
+    adapter = write_adapter(folder, tmp_path / "adapter")
+    done = run("export", folder, adapter, "--to", "peft", "--out", tmp_path / "peft", "--json")
+    assert done.code == 0, done.err
+    assert done.json["program"] == "PEFT"
+    assert done.json["largest_difference"] < 1e-3
+    assert run("merge", folder, adapter, "--out", tmp_path / "merged", "--dtype", "fp32").code == 0
+    done = run("extract", folder, tmp_path / "merged", "--rank", 4, "--out", tmp_path / "again", "--json")
+    assert done.code == 0, done.err
+    assert done.json["kept"] > 0.999
+    weights = [load_file(path / "adapter_model.safetensors") for path in (adapter, tmp_path / "again")]
+    assert weights[0].keys() == weights[1].keys()
+    models = [lorafit.load(folder, adapter=path, compute="fp32") for path in (tmp_path / "again", adapter)]
+    assert off(*(logits(model, IDS) for model in models)) < 1e-3
+
+
 def text_of(whole):
     """The text part of a multimodal model as a model of its own."""
     config = AutoConfig.for_model(**whole.config.text_config.to_dict())

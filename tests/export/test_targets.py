@@ -6,15 +6,17 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import lorafit
 from builders.adapters import logits, write_adapter
 from builders.chats import STYLES, style_tokenizer
 from builders.commands import run
+from builders.gguf_experts import write_moe_gguf
 from builders.gguf_files import write_tiny_gguf
 from builders.models import save_folder, tiny_model
-from builders.tokenizers_tiny import CHAT_TEMPLATE, tiny_gguf_metadata
+from builders.tokenizers_tiny import CHAT_TEMPLATE, tiny_gguf_metadata, write_tiny_folder
 from lorafit.adapter.attach import adapted_layers
 from lorafit.export.mlx import read_mlx
 from lorafit.export.ollama import frames
@@ -199,3 +201,27 @@ def test_a_layer_that_gguf_has_no_name_for_is_refused(world, tmp_path):
     where = placement(world / "model", open_source(world / "model"))
     with pytest.raises(lorafit.LorafitError, match="has no name in GGUF's llama files"):
         where.of("model.layers.0.vision.fc1", "model")
+
+
+@pytest.mark.parametrize("base", ["a matrix for each expert", "GGUF"])
+def test_experts_that_the_file_has_in_parts(base, tmp_path):
+    """PEFT and extract on a mixture whose stacks are several tensors of the file, as published folders and GGUF files
+    are: the whole is put together."""
+    model = tiny_model("qwen3_moe")
+    path = tmp_path / "model"
+    if base == "GGUF":
+        path = write_moe_gguf(tmp_path / "model.gguf", model)
+    else:
+        model.save_pretrained(path)
+        write_tiny_folder(path)
+        assert "model.layers.0.mlp.experts.5.down_proj.weight" in load_file(path / "model.safetensors")
+    adapter = write_adapter(path, tmp_path / "adapter", targets=["all-linear", "experts"])
+    done = run("export", path, adapter, "--to", "peft", "--out", tmp_path / "peft", "--json")
+    assert done.code == 0, done.err
+    assert done.json["largest_difference"] < 1e-3
+    linear = write_adapter(path, tmp_path / "linear")
+    assert run("merge", path, linear, "--out", tmp_path / "merged", "--dtype", "fp32").code == 0
+    done = run("extract", path, tmp_path / "merged", "--rank", 4, "--out", tmp_path / "again", "--json")
+    assert done.code == 0, done.err
+    assert done.json["kept"] > 0.999
+    assert done.json["outside"]["tensors"] == 0
