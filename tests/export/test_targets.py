@@ -18,9 +18,14 @@ from builders.gguf_files import write_tiny_gguf
 from builders.models import save_folder, tiny_model
 from builders.tokenizers_tiny import CHAT_TEMPLATE, tiny_gguf_metadata, write_tiny_folder
 from lorafit.adapter.attach import adapted_layers
+from lorafit.errors import AdapterError
 from lorafit.export.mlx import read_mlx
 from lorafit.export.ollama import frames
+from lorafit.export.opened import open_model
 from lorafit.export.placement import placement
+from lorafit.export.targets import _or_in_f32
+from lorafit.export.verify import Gap, Verdict
+from lorafit.formats.gguf import read_gguf
 from lorafit.formats.safetensors import open_file
 from lorafit.formats.template import PLAIN_TEMPLATE
 from lorafit.model.sources import open_source
@@ -225,3 +230,44 @@ def test_experts_that_the_file_has_in_parts(base, tmp_path):
     assert done.code == 0, done.err
     assert done.json["kept"] > 0.999
     assert done.json["outside"]["tensors"] == 0
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "granitemoe", "llama4_text", "mistral4", "qwen3_5_moe_text"])
+def test_experts_known_as_a_whole_are_portable_fused(family, tmp_path):
+    """Where other programs have no single experts, portable is PEFT's fused layout, with one rank and scale 1."""
+    path = save_folder(tiny_model(family), tmp_path / "model")
+    adapter = write_adapter(path, tmp_path / "adapter", alpha=10, targets=["experts", "o_proj"])
+    done = run("export", path, adapter, "--to", "portable", "--out", tmp_path / "p", "--json")
+    assert done.code == 0, done.err
+    assert done.json["largest_difference"] < 1e-3
+    config = json.loads((tmp_path / "p" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    assert config["target_parameters"]
+
+
+def test_what_rounding_hides_is_compared_in_f32(tmp_path, capsys):
+    """A quantised file that the other program answers differently is written again with its own values in F32: what is
+    found there counts, and is an error if it is one there too; nothing is left."""
+    model = tiny_model("qwen3_moe", hidden_size=64, intermediate_size=64, moe_intermediate_size=32)
+    file = write_moe_gguf(tmp_path / "model.gguf", model, "Q8_0")
+    opened, asked, work = open_model(str(file), []), [], tmp_path / "work"
+    work.mkdir()
+
+    def ask(path, format):
+        asked.append(format)
+        kinds = {tensor.type.name for tensor in read_gguf(path).tensors.values()}
+        assert kinds == ({"F32"} if format == "F32" else {"Q8_0", "F32"})
+        if format == "Q8_0":
+            raise AdapterError("x", "differs by 3", "")
+        values = [lorafit.load(one, base="fp32", compute="fp32") for one in (file, path)]
+        assert torch.equal(*(logits(one, IDS) for one in values))
+        return Verdict("llama.cpp", 1, 0.005, Gap(0.01 if fails else 0.001, 0.001)).check("x")
+
+    fails = False
+    assert _or_in_f32(ask, file, "Q8_0", opened, work).adapted.largest == 0.001
+    assert "differs by 3: by what llama.cpp rounds in Q8_0" in capsys.readouterr().err
+    fails = True
+    with pytest.raises(AdapterError, match=r"log-probabilities in llama\.cpp differ by 0\.01, more than 0\.005"):
+        _or_in_f32(ask, file, "Q8_0", opened, work)
+    assert asked == ["Q8_0", "F32"] * 2
+    assert not list(work.iterdir())
