@@ -133,6 +133,17 @@ def test_resumes(name, tmp_path):
     assert_same_run(whole, cut)
 
 
+@pytest.mark.parametrize(
+    "kind", [{"targets": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}, {"token_ids": [5]}]
+)
+def test_llama4_takes_an_adapted_embedding(kind, tmp_path):
+    """Its model asks the embedding for its weight's device."""
+    base = base_of("llama4", tmp_path)
+    lorafit.attach(base.model, 2, 4, **{"targets": ["q_proj"], **kind})
+    rows = random_rows([11, 7])
+    assert accumulate(base.model, base.head, pack_rows(rows, range(2), 64)) > 0
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_batches_are_padded_on_the_right(name, tmp_path):
     """Rows of several lengths in one call have the logits that they have alone; padding on the left, which no mask

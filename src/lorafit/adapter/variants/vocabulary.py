@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from lorafit.adapter.lora import Adapted, LoraAdapter
 
 
-class LoraEmbedding(Adapted):
+class AdaptedEmbedding(Adapted):
+    """An embedding with something trained beside it."""
+
+    @property
+    def weight(self) -> Any:
+        """The base's, which Llama 4 asks for its device."""
+        return self.base.weight
+
+
+class LoraEmbedding(AdaptedEmbedding):
     """An embedding and the adapter beside it: of V inputs and H outputs."""
 
     def __init__(self, base: nn.Module, adapter: LoraAdapter) -> None:
@@ -44,7 +53,7 @@ class LoraEmbedding(Adapted):
         return {"lora_embedding_A": self.adapter.A, "lora_embedding_B": self.adapter.B}
 
 
-class WholeEmbedding(Adapted):
+class WholeEmbedding(AdaptedEmbedding):
     """An embedding in place of which `matrix` (V, H) fp32 is trained."""
 
     def __init__(self, base: nn.Module, matrix: nn.Parameter) -> None:
@@ -76,7 +85,7 @@ class WholeLinear(Adapted):
         return {"weight": self.matrix}
 
 
-class TokenEmbedding(Adapted):
+class TokenEmbedding(AdaptedEmbedding):
     """An embedding with trained rows (n, H) fp32 for the tokens `ids`. Those that the base lacks have the rows `start`
     while the adapter is switched off."""
 
