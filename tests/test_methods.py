@@ -341,6 +341,8 @@ def test_new_tokens_are_refused_where_they_cannot_be(world, tmp_path):
     result = lorafit.train(out=tmp_path / "out", **{**QUICK, **files, "max_steps": 1, "new_tokens": ["ships"]})
     known = run("train", world.model, world.data, "--out", tmp_path / "no", "--new-tokens", "<|im_end|>")
     assert (known.code, "is a token already; give it to --train-tokens" in known.err) == (2, True)
+    twice = run("train", world.model, world.data, "--out", tmp_path / "no", "--new-tokens", "ships,ships")
+    assert (twice.code, "error: --new-tokens: names a token twice" in twice.err) == (2, True)
     two = ["--adapter", result.adapter, "--adapter", result.adapter]
     measured = run("eval", world.model, world.test, *two)
     assert (measured.code, "adds tokens, and so reads the rows in its own way" in measured.err) == (2, True)

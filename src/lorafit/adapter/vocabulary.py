@@ -96,11 +96,12 @@ def put_rows(
 ) -> TokenEmbedding | TokenHead:  # fmt: skip
     """Train the rows `ids` of the embedding or head at `path`, as `rows` or copies of its own; the last `new` of them
     are the vocabulary's too."""
-    base = _plain(model, path, "--train-tokens")
+    option = "--new-tokens" if new else "--train-tokens"
+    base = _plain(model, path, option)
     count = shape_of(base)[0]
     fault = wrong_ids(ids, count + new)
     if fault:
-        raise ConfigError("--train-tokens", fault, "name tokens of the vocabulary, each once")
+        raise ConfigError(option, fault, "name tokens of the vocabulary, each once")
     start = rows_of(base, [min(number, count - 1) for number in ids])
     if new:
         start[-new:] = mean_of(base)
