@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import lorafit
-from lorafit.adapter.attach import adapted_layers
+from lorafit.adapter.attach import adapted
+from lorafit.adapter.variants.vocabulary import LoraEmbedding
 
 
 def write_adapter(
@@ -22,12 +23,13 @@ def write_adapter(
     seed: int = 0,
     spread: float = 0.1,
 ) -> Path:
-    """A random adapter on the model at `model_path`, saved in PEFT's layout; spread: of its B."""
+    """A random adapter on the model at `model_path`, saved in PEFT's layout; spread: of its B, of an
+    embedding's of its A."""
     model = lorafit.load(model_path, compute="fp32")
     lorafit.attach(model, rank=rank, alpha=alpha, targets=targets, seed=seed)
     torch.manual_seed(seed)
-    for _, layer in adapted_layers(model):
-        nn.init.normal_(layer.adapter.B, std=spread)
+    for layer in adapted(model).values():
+        nn.init.normal_(layer.adapter.A if isinstance(layer, LoraEmbedding) else layer.adapter.B, std=spread)
     about = {
         "base_model": str(model_path),
         "tokenizer": "t",

@@ -88,6 +88,22 @@ def test_configurations_as_they_are_published_go_too(family, tmp_path):
     assert rope.get("full_attention", rope).items() <= own.get("full_attention", own).items()
 
 
+@pytest.mark.parametrize("targets", ["embed_tokens", "lm_head", "embed_tokens,lm_head"])
+@pytest.mark.parametrize("base", ["folder", "file"])
+def test_a_tied_head_that_goes_its_own_way_is_in_the_file(base, targets, tmp_path):
+    """LoRA on one of a tied pair, or on both, leaves two matrices: the file has them, and the adapted logits."""
+    model = tiny_model("qwen2", **WIDE)
+    if base == "folder":
+        path = save_folder(model, tmp_path / "model")
+    else:
+        path = written(model, tmp_path / "model.gguf")
+    adapter, out = write_adapter(path, tmp_path / "adapter", targets=targets.split(",")), tmp_path / "merged.gguf"
+    done = run("export", path, adapter, "--to", "gguf-merged", "--dtype", "F32", "--out", out)
+    assert done.code == 0, done.err
+    want = logits(lorafit.load(path, adapter=adapter, compute="fp32"), IDS)
+    torch.testing.assert_close(logits(lorafit.load(out, compute="fp32"), IDS), want, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
 def test_formats_are_gguf_pys(kind, tmp_path):
     """Each matrix is gguf-py's own rounding of W + s B A; vectors stay F32, and with Q4_0 the embedding is Q8_0."""

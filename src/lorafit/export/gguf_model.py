@@ -8,7 +8,7 @@ Tensors that the adapter leaves alone and that have their format already are cop
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit import console
-from lorafit.adapter.merge import EMBEDDING, Change, grown
+from lorafit.adapter.merge import EMBEDDING, HEAD, Change, grown
 from lorafit.errors import ModelError
 from lorafit.export.gguf_metadata import Metadata, model_metadata, rope_factors, tokenizer_metadata, with_tokens
 from lorafit.export.merge import Rounding
@@ -26,6 +26,7 @@ from lorafit.export.opened import Opened
 from lorafit.export.placement import Placement, placement
 from lorafit.formats.gguf import GgufFile, read_gguf
 from lorafit.formats.gguf_config import hf_config
+from lorafit.formats.gguf_pieces import Piece
 from lorafit.formats.gguf_write import fits, rounded, write_gguf
 from lorafit.formats.names import ROPE_FACTORS
 from lorafit.kernels import ops
@@ -63,8 +64,8 @@ class MergedFile:
         rows = {piece.entry.tensor: count for name, count in grown(self.opened.model).items()
                 for piece in self.where.pieces.get(name, [])}  # fmt: skip
         plan: dict[str, tuple[tuple[int, ...], str]] = {}
-        for tensor in base.tensors if base else by_tensor:
-            shape = base.tensors[tensor].shape if base else by_tensor[tensor][1].entry.shape
+        for tensor in dict.fromkeys((*(base.tensors if base else ()), *by_tensor)):
+            shape = base.tensors[tensor].shape if base and tensor in base.tensors else by_tensor[tensor][1].entry.shape
             shape = (shape[0], shape[2]) if tensor.endswith(CONVOLUTION) and len(shape) == 3 else shape
             shape = (rows.get(tensor, shape[0]), *shape[1:])
             plan[tensor] = (shape, self._format(tensor, shape))
@@ -94,7 +95,8 @@ class MergedFile:
 
     def _values(self, name: str) -> tuple[Tensor, Tensor | None]:
         """(a parameter of the base, what the adapter adds to it or None), fp32, its outputs before its inputs."""
-        values, change = self.opened.load(name).float(), self.changes.get(name)
+        own = EMBEDDING if name == HEAD and name not in self.opened.source.shapes else name
+        values, change = self.opened.load(own).float(), self.changes.get(name)
         rows = grown(self.opened.model).get(name, len(values))
         values = F.pad(values, (0, 0, 0, rows - len(values))) if rows > len(values) else values
         update = None if change is None else change(values)
@@ -149,6 +151,7 @@ class MergedFile:
         """The written file must describe the model that it was made of."""
         remedy = "export to peft, or merge to a folder"
         ours = self._config()
+        ours["tie_word_embeddings"] = HEAD not in self.where.pieces
         ours["vocab_size"] = grown(self.opened.model).get(EMBEDDING, ours["vocab_size"])
         try:
             theirs = hf_config(read_gguf(path))
@@ -188,4 +191,8 @@ def _bytes(base: GgufFile, tensor: str, kind: str) -> np.ndarray:
 
 def merged_file(opened: Opened, kind: str, changes: Mapping[str, Change], rounding: Rounding) -> MergedFile:
     """Ready to be written. Raises ModelError for a model type that has no GGUF architecture here."""
-    return MergedFile(opened, placement(opened.path, opened.source), kind, changes, rounding)
+    where = placement(opened.path, opened.source)
+    if HEAD in changes and HEAD not in where.pieces:  # a head that was the embedding goes its own way from here
+        entry = replace(where.pieces[EMBEDDING][0].entry, tensor=TOP[1])
+        where = replace(where, pieces={**where.pieces, HEAD: [Piece(entry)]})
+    return MergedFile(opened, where, kind, changes, rounding)
