@@ -93,10 +93,7 @@ def test_configurations_as_they_are_published_go_too(family, tmp_path):
 def test_a_tied_head_that_goes_its_own_way_is_in_the_file(base, targets, tmp_path):
     """LoRA on one of a tied pair, or on both, leaves two matrices: the file has them, and the adapted logits."""
     model = tiny_model("qwen2", **WIDE)
-    if base == "folder":
-        path = save_folder(model, tmp_path / "model")
-    else:
-        path = written(model, tmp_path / "model.gguf")
+    path = save_folder(model, tmp_path / "model") if base == "folder" else written(model, tmp_path / "model.gguf")
     adapter, out = write_adapter(path, tmp_path / "adapter", targets=targets.split(",")), tmp_path / "merged.gguf"
     done = run("export", path, adapter, "--to", "gguf-merged", "--dtype", "F32", "--out", out)
     assert done.code == 0, done.err
