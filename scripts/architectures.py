@@ -5,7 +5,8 @@
     python scripts/architectures.py --check           writes nothing; exit code 1 when the page's rows are not today's
 
 A cell says `yes` where every test of its column passed for that architecture and there was one, `FAILED` where one
-failed, and `-` where there is none; what is refused on purpose is a line of REFUSED.
+failed, and `-` where there is none; nothing where there is nothing to test (experts of a dense model, the tower of a
+text model); what is refused on purpose is a line of REFUSED.
 """
 
 from __future__ import annotations
@@ -125,8 +126,14 @@ def architecture_table(results: dict[str, dict[str, bool]]) -> str:
 
 
 def cell(kind: str, column: str, results: dict[str, dict[str, bool]]) -> str:
+    from lorafit.model.architectures import MOE, WRAPPERS
+
     if (kind, column) in REFUSED:
         return REFUSED[kind, column]
+    text = WRAPPERS[kind].text if kind in WRAPPERS else kind
+    mixed = text in MOE or text == "gemma4_text"  # some of which have experts
+    if (column == "experts" and not mixed) or (column == "multimodal" and kind not in WRAPPERS):
+        return ""
     outcomes = [
         passed
         for test, cases in results.items()
@@ -136,9 +143,7 @@ def cell(kind: str, column: str, results: dict[str, dict[str, bool]]) -> str:
     ]
     if outcomes:
         return "yes" if all(outcomes) else "FAILED"
-    from lorafit.model.architectures import WRAPPERS
-
-    as_text = kind in WRAPPERS and column in ("NF4", "GGUF, packed")  # they load as the text model inside
+    as_text = kind in WRAPPERS and column in ("NF4", "GGUF, packed", "experts")  # they load as the text model inside
     return f"as `{WRAPPERS[kind].text}`" if as_text else "-"
 
 

@@ -115,7 +115,7 @@ def test_a_quantised_tower_is_unpacked(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", [name for name in WRAPPED if name != "gemma4"])
+@pytest.mark.parametrize("name", WRAPPED)
 def test_gguf_of_a_wrapper(name, tmp_path):
     """The adapter of a multimodal folder on the GGUF file of its text part, and the text part with it in one file, have
     the logits that the folder has with its adapter; the architecture is the one that llama.cpp's converter gives."""
