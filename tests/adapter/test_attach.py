@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import lorafit
+from builders.architectures import CONFIGS, empty
 from lorafit.adapter.attach import adapted_layers, detach, enable_adapter, linear_layers, select
 from lorafit.errors import ConfigError
 
@@ -69,6 +70,15 @@ def test_all_linear_leaves_the_head_out():
 def test_targets_are_roles_names_paths_and_globs(targets: list[str], count: int):
     """Each spelling selects the layers that it says."""
     assert len(select(Toy(), targets)) == count
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_attention_and_mlp_are_every_linear_layer(family: str):
+    """Whatever a family calls its matrices: latent and linear attention are attention too."""
+    model = empty(family)
+    attention = {path for path in linear_layers(model) if "attn" in path}
+    assert set(select(model, ["attention"])) == attention
+    assert select(model, ["attention", "mlp"]) == select(model, ["all-linear"])
 
 
 def test_a_target_that_matches_nothing_names_what_exists():

@@ -33,9 +33,13 @@ from lorafit.frozen.linear import FrozenEmbedding, FrozenLinear
 from lorafit.frozen.stack import FrozenStack
 
 ROLES = {
-    "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    "attention": (
+        "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj",
+        "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",  # latent: DeepSeek-V3, Mistral Small 4
+        "linear_attn.*",  # linear: Qwen 3.5, Qwen3-Next
+    ),
     "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
-}
+}  # fmt: skip
 LINEAR = (nn.Linear, FrozenLinear, BiasLinear)
 EMBEDDING = (nn.Embedding, FrozenEmbedding)
 ADAPTED = (LoraLinear, LoraStack, LoraRouter)
