@@ -40,6 +40,9 @@ KINDS = {
     "whole, tied": ("gemma3_text", {"modules_to_save": ["embed_tokens"]}),
     "rows": ("llama", {"token_ids": [9, 31]}),
     "rows, tied": ("gemma3_text", {"token_ids": [9, 31]}),
+    "embedding that is asked for its device": ("llama4_text", {"targets": ["q_proj", "embed_tokens"]}),
+    "the same, whole": ("llama4_text", {"modules_to_save": ["embed_tokens"]}),
+    "its rows": ("llama4_text", {"token_ids": [9, 31]}),
     "experts": ("qwen3_moe", {"targets": ["attention", "experts"]}),
     "experts, rslora": ("qwen3_moe", {"targets": ["attention", "experts"], "use_rslora": True}),
     "experts, patterns": (

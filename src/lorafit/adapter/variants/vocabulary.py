@@ -22,11 +22,11 @@ from lorafit.adapter.lora import Adapted, LoraAdapter
 
 
 class AdaptedEmbedding(Adapted):
-    """An embedding with something trained beside it."""
+    """An embedding with something trained beside it, or instead of it."""
 
     @property
     def weight(self) -> Any:
-        """The base's, which Llama 4 asks for its device."""
+        """The base's, which some families ask for its device (Llama 4)."""
         return self.base.weight
 
 
