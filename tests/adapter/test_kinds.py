@@ -11,7 +11,7 @@ import torch
 
 from builders.models import frozen, tiny_model
 from builders.rows import random_rows
-from lorafit.adapter.attach import attach, detach, enable_adapter, trained
+from lorafit.adapter.attach import adapted, attach, detach, enable_adapter, trained
 from lorafit.adapter.file import load_adapter, save_adapter
 from lorafit.adapter.merge import HEAD, changes, low_rank
 from lorafit.adapter.peft_config import in_words, method_of
@@ -103,6 +103,29 @@ def test_saved_and_loaded_keeps_every_bit(kind, tmp_path):
     save_adapter(again, tmp_path / "twice")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "moving"),
+    [({"modules_to_save": ["embed_tokens"]}, 512 * 32), ({"token_ids": [9, 31]}, 2 * 32 + 2 * 16)],
+)
+def test_a_table_for_the_layers_leaves_embedding_and_head_one(options, moving, tmp_path):
+    """Gemma 4's small models have a second embedding: the first and the head stay one matrix, trained once, in PEFT,
+    and loaded again."""
+    plain = tiny_model("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=512)
+    ours = frozen(plain, tmp_path / "model").model
+    learnt(attach(ours, rank=4, alpha=6, targets=["q_proj"], **options))
+    beside = [parameter.numel() for name, parameter in trained(ours).items() if not name.endswith((".A", ".B"))]
+    assert sum(beside) == moving
+    assert {"model.embed_tokens", "lm_head"} <= set(adapted(ours))
+    save_adapter(ours, tmp_path / "adapter")
+    again = frozen(plain, tmp_path / "model").model
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        got = ours(input_ids=IDS).logits
+        want = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")(IDS).logits
+        assert relative(got, want) < 1e-5
+        assert torch.equal(again(input_ids=IDS).logits, got)
 
 
 PEFTS = {

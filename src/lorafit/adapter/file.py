@@ -41,7 +41,7 @@ from lorafit.adapter.peft_config import (
 from lorafit.adapter.read import PREFIX, ROWS, read_layers
 from lorafit.adapter.variants.pissa import PissaAdapter
 from lorafit.adapter.variants.vocabulary import TokenEmbedding, WholeEmbedding, WholeLinear, matrix_of
-from lorafit.adapter.vocabulary import new_tokens, put_rows, put_whole, tied, vocabulary
+from lorafit.adapter.vocabulary import new_tokens, put_rows, put_whole, tied
 from lorafit.errors import AdapterError
 from lorafit.formats.folders import commit
 from lorafit.formats.safetensors import write_safetensors
@@ -159,11 +159,12 @@ def _put(model: nn.Module, path: str, tensors: Mapping[str, Tensor], config: Map
 
 def _tie(model: nn.Module) -> None:
     """Of a tied pair: the head takes the embedding's trained rows, or its whole matrix where both are the same."""
-    if not tied(model):
+    one = tied(model)
+    if not one:
         return
-    (_, embedding), (path, head) = vocabulary(model).items()
+    embedding, head = (model.get_submodule(path) for path in one)
     if isinstance(embedding, TokenEmbedding):
-        put_rows(model, path, embedding.ids, embedding.rows, len(new_tokens(model)))
+        put_rows(model, one[1], embedding.ids, embedding.rows, len(new_tokens(model)))
         return
     if (
         isinstance(embedding, WholeEmbedding)

@@ -92,11 +92,12 @@ def _wanted_vocabulary(
 ) -> dict[str, dict[str, tuple[int, ...]]]:
     """What the file must hold of embedding and head where they are trained whole, or rows of theirs."""
     layers = by_file_path(model, vocabulary(model))
+    one = by_file_path(model, {path: vocabulary(model)[path] for path in tied(model)})
     wanted: dict[str, dict[str, tuple[int, ...]]] = {}
     named = list(layers)
     saved = config.get("modules_to_save") or []
-    if saved and config.get("ensure_weight_tying") and tied(model):  # PEFT names the one and saves both
-        saved = named
+    if config.get("ensure_weight_tying") and any(path.endswith(name) for path in one for name in saved):
+        saved = [*saved, *one]  # PEFT names the one and saves both
     for key, names in (
         ("modules_to_save", saved),
         ("trainable_token_indices", token_indices(config)),
@@ -119,7 +120,7 @@ def _wanted_vocabulary(
                     {"weight": whole} if key == "modules_to_save" else {ROWS: (len(names[name]), whole[1])}
                 )
                 head = isinstance(layers[path], (nn.Linear, FrozenLinear))
-                if key == "modules_to_save" or not (head and tied(model)):  # a tied head has the embedding's rows
+                if key == "modules_to_save" or not (head and path in one):  # a tied head has the embedding's rows
                     wanted[path] = rows
     return wanted
 

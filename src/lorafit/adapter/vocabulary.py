@@ -42,11 +42,11 @@ def vocabulary(model: nn.Module) -> Vocabulary:
     return found
 
 
-def tied(model: nn.Module) -> bool:
-    """Whether the embedding and the head are one matrix."""
-    plain = [layer.base if isinstance(layer, Adapted) else layer for layer in vocabulary(model).values()]
-    weights: list[Any] = [layer.weight for layer in plain]
-    return len(weights) == 2 and weights[0] is weights[1]
+def tied(model: nn.Module) -> tuple[str, ...]:
+    """The paths of the embedding and the head that are one matrix; () where each has its own."""
+    plain = {path: layer.base if isinstance(layer, Adapted) else layer for path, layer in vocabulary(model).items()}
+    weights: dict[str, Any] = {path: layer.weight for path, layer in plain.items()}
+    return tuple(path for path, own in weights.items() if sum(own is other for other in weights.values()) > 1)
 
 
 def train_whole(model: nn.Module, names: Sequence[str]) -> None:
@@ -61,10 +61,13 @@ def train_whole(model: nn.Module, names: Sequence[str]) -> None:
             known = ", ".join(path.rsplit(".", 1)[-1] for path in layers)
             raise ConfigError("--modules-to-save", f"{name} is no embedding or head", f"this model has {known}")
     one = tied(model)
+    chosen.update(one if chosen.intersection(one) else ())
     matrix: nn.Parameter | None = None
     for path in layers:
-        if path in chosen or one:
-            matrix = put_whole(model, path, matrix if one else None).matrix
+        if path in one and path in chosen:
+            matrix = put_whole(model, path, matrix).matrix
+        elif path in chosen:
+            put_whole(model, path)
 
 
 def put_whole(
@@ -88,7 +91,10 @@ def train_rows(model: nn.Module, ids: Sequence[int], new: Sequence[str] = ()) ->
     one = tied(model)
     model.new_tokens = tuple(new)  # type: ignore[assignment]
     for path in vocabulary(model):
-        rows = put_rows(model, path, ids, rows if one else None, len(new)).rows
+        if path in one:
+            rows = put_rows(model, path, ids, rows, len(new)).rows
+        else:
+            put_rows(model, path, ids, new=len(new))
 
 
 def put_rows(
