@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorafit
+from builders.architectures import GEMMA4, tiny
 from builders.commands import QUICK, World, run
 from builders.gguf_files import write_tiny_gguf
 from builders.models import save_folder, tiny_model
@@ -258,6 +259,26 @@ def test_new_tokens_come_back_on_the_plain_base(family, spare, world, tmp_path, 
     assert (
         run("generate", model, "--adapter", result.adapter, "--prompt", "How many ships?", "--max-tokens", 2).code == 0
     )
+
+
+def test_new_tokens_have_rows_in_a_table_for_the_layers(world, tmp_path):
+    """Gemma 4's small models have a second embedding: planned to the byte, and merged for transformers."""
+    rows = load_tokenizer(world.model).vocab_size
+    sizes = {"vocab_size": rows, "vocab_size_per_layer_input": rows}
+    model = save_folder(tiny("gemma4_text", **{**GEMMA4["small"], **sizes}), tmp_path / "model")
+    settings = {**QUICK, "model": model, "data": world.data, "eval": world.test, "max_steps": 2}
+    settings |= {"targets": ["q_proj"], "new_tokens": ["ships", "<sql>"]}
+    result = lorafit.train(out=tmp_path / "out", **settings)
+    planned = lorafit.plan(**settings)
+    assert planned.trainable_parameters == result.report["trainable_parameters"]
+    assert planned.adapter_bytes == result.report["adapter_bytes"]
+    done = run("merge", model, result.adapter, "--out", tmp_path / "merged", "--dtype", "fp32")
+    assert done.code == 0, done.err
+    ids = torch.tensor([[5, 9, rows, rows + 1]])
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids, use_cache=False).logits
+        ours = lorafit.load(model, adapter=result.adapter, compute="fp32")(input_ids=ids, use_cache=False).logits
+    assert float((theirs - ours).abs().max() / ours.abs().max()) < 1e-5
 
 
 def test_an_adapter_with_new_tokens_is_evaluated_as_its_run_was(world, tmp_path):

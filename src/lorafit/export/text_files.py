@@ -9,6 +9,7 @@ from lorafit.adapter.merge import grown
 from lorafit.export.opened import Opened
 from lorafit.model import save_plain
 
+PER_LAYER = "model.embed_tokens_per_layer.weight"  # of Gemma 4's small models
 NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -18,8 +19,11 @@ def write_config(opened: Opened, folder: Path, dtype: str, tied: bool) -> None:
     changes: dict[str, Any] = {"dtype": NAMES[dtype]}
     if opened.model.config.tie_word_embeddings and not tied:
         changes["tie_word_embeddings"] = False
-    if grown(opened.model):
-        changes["vocab_size"] = max(grown(opened.model).values())
+    rows = grown(opened.model)
+    if rows:
+        changes["vocab_size"] = max(rows.values())
+    if PER_LAYER in rows:
+        changes["vocab_size_per_layer_input"] = rows[PER_LAYER]
     part_of = opened.source.part_of
     save_plain.write_config(folder, opened.model, opened.tokenizer, opened.path, changes, part_of=part_of)
 

@@ -175,7 +175,7 @@ def _beside(model: Outline, use: Use) -> int:
     adapted = model.adapted(use.targets)
     biased = {"all": model.biases.values(), "lora_only": [model.biases.get(m.path, 0) for m in adapted]}
     magnitudes = sum(m.rows for m in adapted) if use.dora else 0
-    rows = use.rows * model.hidden * len(model.ends)
+    rows = use.rows * sum(m.columns for m in model.tables)
     return sum(m.weights for m in whole(model, use)) + rows + sum(biased.get(use.bias, [])) + magnitudes
 
 

@@ -137,6 +137,11 @@ class Outline:
         return (self.embedding,) if self.head is None else (self.embedding, self.head)
 
     @property
+    def tables(self) -> tuple[Matrix, ...]:
+        """All that has a row for each token; a tied one once."""
+        return (*self.ends, *(m for m in self.others if m.name in EMBEDDINGS))
+
+    @property
     def output(self) -> Matrix:
         """The matrix that gives logits."""
         return self.head or self.embedding

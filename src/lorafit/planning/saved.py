@@ -53,5 +53,5 @@ def _tensors(model: Outline, use: Use) -> Iterator[tuple[str, list[int], int]]:
     for path, m in trained.items():
         yield f"{path}.weight", [m.rows, m.columns], 1
     if use.rows:
-        for m in model.ends:
+        for m in model.tables:
             yield f"{m.path}.token_adapter.trainable_tokens_delta", [use.rows, m.columns], 1
