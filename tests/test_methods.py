@@ -158,6 +158,10 @@ REFUSED = {
     ),
     "dora from an adapter": (["--use-dora", "--init-adapter", "x"], "--use-dora: is True, and --init-adapter"),
     "loftq on 16 bits": (["--init", "loftq"], "--init: is loftq, and the base is in fp32; give --base nf4"),
+    "new tokens of a whole embedding": (
+        ["--new-tokens", "ships", "--modules-to-save", "embed_tokens"],
+        "--new-tokens: model.embed_tokens is trained in another way already; leave it out, or --targets and",
+    ),
     "odd pattern": (["--rank-pattern", "q_proj=x"], "--rank-pattern: holds q_proj=x; give NAME=RANK, 1 to 4096"),
     "odd ratio": (["--lora-plus-ratio", "0"], "--lora-plus-ratio: is 0.0; give a number above 0"),
     "no such token": (["--train-tokens", "<nope>"], "--train-tokens: '<nope>' is no token of the model"),

@@ -139,7 +139,11 @@ def _plain(model: nn.Module, path: str, option: str) -> Any:
     """The layer at `path`, if nothing is trained there yet."""
     base: Any = model.get_submodule(path)
     if isinstance(base, Adapted):
-        raise ConfigError(option, f"{path} is trained in another way already", "choose one of them")
+        raise ConfigError(
+            option,
+            f"{path} is trained in another way already",
+            "leave it out, or --targets and --modules-to-save without the embedding and head",
+        )
     if isinstance(base, (nn.Linear, FrozenLinear)) and base.bias is not None:
         raise ConfigError(option, f"{path} has a bias, which is not supported", "leave the head out")
     return base
