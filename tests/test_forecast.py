@@ -91,6 +91,8 @@ def test_every_architecture_has_the_parameters_that_training_finds(tmp_path, nam
     lorafit.attach(real, 2, 4, targets)
     assert found.trainable_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
     assert found.total_parameters == found.trainable_parameters + frozen_parameters(real)
+    whole = lorafit.plan(model=tmp_path / "whole", rows=8, length=16, method="full")
+    assert whole.trainable_parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

@@ -14,7 +14,7 @@ import torch
 import lorafit
 from builders.adapters import logits, write_adapter
 from builders.architectures import GEMMA4, folder_of, tiny
-from builders.commands import run
+from builders.commands import QUICK, run
 from builders.gguf_experts import write_moe_gguf
 from builders.models import save_folder
 from builders.tokenizers_tiny import VOCABULARY, gemma4_gguf_metadata, write_gemma4_folder
@@ -185,6 +185,22 @@ def test_updates_that_llama_cpp_does_not_make_are_refused(kind: str, said: str, 
     assert said in done.err
     assert len(done.err.strip().splitlines()) == 1
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_new_tokens_have_rows_in_both_tables(tmp_path: Path) -> None:
+    """Of the small models, whose layers have an embedding of their own: the file's tables are as long, and it answers
+    as the folder with its adapter."""
+    folder = save_folder(model_of("small"), tmp_path / "model")
+    rows = "".join(json.dumps({"prompt": f"{n} <a>", "completion": "<b> yes"}) + "\n" for n in range(12))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    run_folder, tokens = tmp_path / "run", ["<a>", "<b>"]
+    lorafit.train(model=folder, data=tmp_path / "rows.jsonl", out=run_folder, new_tokens=tokens, **QUICK)
+    adapter, out = run_folder / "adapter", tmp_path / "m.gguf"
+    done = run("export", folder, adapter, "--to", "gguf-merged", "--dtype", "F32", "--out", out)
+    assert done.code == 0, done.err
+    ids = torch.tensor([[1, 5, VOCABULARY, 9, VOCABULARY + 1, 7]])
+    want = logits(lorafit.load(folder, adapter=adapter, compute="fp32"), ids)
+    torch.testing.assert_close(logits(lorafit.load(out, compute="fp32"), ids), want, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_that_gguf_cannot_say_are_refused(tmp_path: Path) -> None:

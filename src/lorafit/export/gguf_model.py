@@ -152,7 +152,9 @@ class MergedFile:
         remedy = "export to peft, or merge to a folder"
         ours = self._config()
         ours["tie_word_embeddings"] = HEAD not in self.where.pieces
-        ours["vocab_size"] = grown(self.opened.model).get(EMBEDDING, ours["vocab_size"])
+        sizes = {"vocab_size": EMBEDDING, "vocab_size_per_layer_input": "model.embed_tokens_per_layer.weight"}
+        more = grown(self.opened.model)
+        ours |= {key: more[name] for key, name in sizes.items() if name in more}
         try:
             theirs = hf_config(read_gguf(path))
         except ModelError as error:

@@ -16,6 +16,7 @@ from lorafit.model.sources import WeightSource
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 ROUTERS = (".gate", ".router", "router.proj", "shared_expert_gate")  # small matrices that choose experts
+BUFFERS = ("e_score_correction_bias", "layer_scalar")  # of a file, and no parameters: DeepSeek's, Gemma 4's
 EMBEDDINGS = ("embed_tokens", "embed_tokens_per_layer", "wte", "wpe")  # Gemma 4's small ones have two
 DOWN, OUT = ("down_proj", "fc2", "fc_out"), ("o_proj", "out_proj", "dense")  # whose inputs are kept, not their outputs
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)  # codes, 8-bit scales of 64, their fp32 scales of 256: QLoRA, section 3
@@ -190,6 +191,8 @@ def of_shapes(
     for name, shape in shapes.items():
         path = name.removesuffix(".weight")
         form = (formats or {}).get(name, "BF16")
+        if path.endswith(BUFFERS):
+            continue
         if len(shape) < 2 or path.endswith(("norm", "_bias")) or (len(shape) == 3 and "conv" in path):
             vectors += math.prod(shape)
         elif len(shape) == 2:
