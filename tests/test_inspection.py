@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 
+import lorafit
 from builders.commands import QUICK, World, run
-from builders.models import tiny_model
+from builders.models import frozen, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,16 @@ def test_info_of_pefts_adapter_leaves_out_what_it_cannot_know(world, tmp_path):
     assert (found["kind"], found["rank"], found["tensors"]) == ("adapter", 3, 28)
     assert found["fingerprints"] == {"base": None, "tokenizer": None, "template": None}
     assert run("info", tmp_path / "peft").code == 0
+
+
+def test_info_of_an_adapter_names_experts_and_whole_matrices(tmp_path):
+    """PEFT has both outside of target_modules; an adapter without them has neither key."""
+    model = frozen(tiny_model("qwen3_moe"), tmp_path / "model").model
+    lorafit.attach(model, 2, 4, ["q_proj", "experts"], modules_to_save=["lm_head"])
+    lorafit.save_adapter(model, tmp_path / "adapter")
+    found = info(tmp_path / "adapter")
+    assert found["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
+    assert found["modules_to_save"] == ["lm_head"]
 
 
 def test_info_of_a_run_and_a_checkpoint(world, tmp_path):

@@ -78,6 +78,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
         "target_modules": config.get("target_modules"),
+        **{key: config[key] for key in ("target_parameters", "modules_to_save") if config.get(key)},
         "tensors": len(shapes),
         "parameters": sum(_size(shape) for shape in shapes.values()),
         "architecture": base.get("architecture") if isinstance(base, dict) else None,
