@@ -38,6 +38,8 @@ def stored(format: str, rows: int, columns: int, seed: int = 0) -> Stored:
     data = torch.randint(256, (count, block.bytes), dtype=torch.uint8, generator=chance)
     for place in block.halves:
         data[:, place : place + 2] = torch.rand(count, 1, generator=chance).half().view(torch.uint8)
+    for place in block.exponents:
+        data[:, place] = torch.randint(119, 124, (count,), generator=chance)
     return Stored(format, columns, data.view(rows, -1))
 
 

@@ -3,7 +3,7 @@
    `walk` decodes a row 32 weights at a time and hands them to a sink: as finished values (`put`), or as a table of 16
    values and codes into it (`pick`), which a sink may take a shorter way with. Integer codes are multiplied by the
    scale first and added to afterwards, never fused, so that values have the bits of ggml's own reference.
-   Layouts: ggml's block_q4_0 and its kin; d, m and dmin are half floats, little endian. */
+   Layouts: ggml's block_q4_0 and its kin; d, m and dmin are half floats, little endian; of MXFP4, e is E8M0. */
 #pragma once
 #include "path.h"
 #include <utility>
@@ -13,6 +13,7 @@ namespace {
 alignas(64) constexpr float IOTA[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 alignas(64) constexpr float CENTRED[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 alignas(64) constexpr float IQ4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+alignas(64) constexpr float MXFP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}; /* E2M1, twice */
 /* QLoRA's NF4 (Dettmers et al. 2023, arXiv:2305.14314, appendix E). */
 alignas(64) constexpr float NF4[16] = {
     -1.0f,
@@ -165,6 +166,11 @@ template <class Sink> INLINE void iq4_xs(const uint8_t *b, Sink &sink) {
   }
 }
 
+template <class Sink> INLINE void mxfp4(const uint8_t *b, Sink &sink) { /* e, nibbles: 2^(e - 128) v[q] */
+  const uint32_t e = *b, bits = e < 2 ? 0x00200000u << e : (e - 1) << 23;
+  sink.pick(table(MXFP4, bits_to_float(bits)), nibbles(b + 1));
+}
+
 /* The scale of 64 weights: block i of a row. */
 INLINE float nf4_scale(const lorafit_weight &w, int64_t row, int64_t i) {
   const int64_t blocks = w.columns / 64, own = row * blocks + i;
@@ -213,6 +219,7 @@ template <class Sink> INLINE void walk(const lorafit_weight &w, int64_t row, Sin
     BLOCKS(14, q6_k, 210)
     BLOCKS(20, iq4_nl, 18)
     BLOCKS(23, iq4_xs, 136)
+    BLOCKS(39, mxfp4, 17)
 #undef BLOCKS
   case 0:
     plain<4>(

@@ -176,6 +176,15 @@ bool row_is_finite(const lorafit_weight &w, int64_t row) {
   case 10: return halves(80, 82);
   case 11: return halves(108, 108);
   case 14: return halves(208, 208);
+  case 39:
+    for (; b < end; b += 17)
+      if (*b > 252) { /* what of 2^125 and more is infinite depends on the codes */
+        float values[32];
+        StoreF32 sink{values};
+        mxfp4(b, sink);
+        bad |= largest(values, 32) >= INFINITE;
+      }
+    return !bad;
   case LORAFIT_INT8: return largest((const float *)w.scales + row, 1) < INFINITE;
   case LORAFIT_NF4:
     for (int64_t i = 0; i < w.columns / 64; i++) {

@@ -24,6 +24,7 @@ Block block_of(int32_t format) {
   case 13: return {256, 176};
   case 14: return {256, 210};
   case 23: return {256, 136};
+  case 39: return {32, 17};
   case LORAFIT_NF4: return {64, 32};
   case LORAFIT_INT8: return {1, 1};
   default: return {0, 0};

@@ -13,7 +13,7 @@ import pytest
 NATIVE = Path(__file__).parent.parent / "native"
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 AARCH64 = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={CROSS}")
-FORMATS = 17  # 15 of GGUF, NF4, INT8
+FORMATS = 18  # 16 of GGUF, NF4, INT8
 
 
 def checksums(folder: Path, options: tuple[str, ...] = (), run_by: tuple[str, ...] = ()) -> dict[str, dict[str, str]]:

@@ -36,13 +36,15 @@ def _plain_twins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def odd_weight(format_: str) -> Stored:
-    """A weight in whose rows each of SCALES stands somewhere, if it has half-float scales."""
+    """A weight in whose rows each of SCALES stands somewhere, if it has half-float scales, or each exponent."""
     stored = random_weight(format_, ROWS, WIDTH)
     if format_ in BLOCK_TYPES:
         blocks = stored.data.view(-1, BLOCK_TYPES[format_].bytes)
         for i, at in enumerate(BLOCK_TYPES[format_].halves):
             odd = torch.from_numpy(SCALES).view(-1, 2).roll(i, 0)
             blocks[3 : 3 + len(odd), at : at + 2] = odd
+        for at in BLOCK_TYPES[format_].exponents:
+            blocks[:256, at] = torch.arange(len(blocks[:256])).byte()  # of ROWS * WIDTH / 32 = 280 blocks
     return stored
 
 

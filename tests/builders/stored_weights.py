@@ -28,4 +28,6 @@ def random_weight(format_: str, rows: int, columns: int, seed: int = 0, *, order
     for at in block.halves:
         scales = (generator.standard_normal(len(data)) * 0.02).astype("<f2")
         data[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    for at in block.exponents:
+        data[:, at] = generator.integers(119, 124, len(data))
     return Stored(format_, columns, torch.from_numpy(data.reshape(rows, -1)), order=order)

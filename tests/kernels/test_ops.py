@@ -22,6 +22,7 @@ FORMATS = [*BLOCK_TYPES, "NF4", DOUBLE, "INT8"]
 PLAIN = "plain torch"
 # Zeros of both signs, the smallest and largest subnormals, the smallest normal, the largest.
 HALVES = torch.tensor([0x0000, -0x8000, 0x0001, -0x7C01, 0x0400, 0x7BFF, -0x0401], dtype=torch.int16)
+EXPONENTS = torch.tensor([0, 1, 2, 252])  # two subnormal scales, the smallest normal, the largest of finite values
 SINGLES = [0.0, -0.0, 1.4e-45, -1.1754942e-38, 1.17549435e-38, torch.finfo(torch.float32).max]
 # Halfway between two bf16: down to even, up to even, up to infinity; just below the last.
 HALFWAY = torch.tensor([0x3F808000, 0x3F818000, 0x7F7F8000, 0x7F7F7FFF], dtype=torch.int32)
@@ -88,7 +89,9 @@ def weight(format_: str, rows: int, columns: int, seed: int = 0, extreme: bool =
         values = mixed(normal(rows, columns).bfloat16(), singles[:-1])
         return Stored(format_, columns, at_odd_address(values.view(torch.uint8)))
     data = random_bytes(rows * (columns // block.elements), block.bytes)
-    for at in block.halves or (0,):  # F16 is a half
+    for at in block.exponents:
+        data[:, at] = mixed(125 + normal(len(data)).abs(), EXPONENTS).byte()
+    for at in () if block.exponents else block.halves or (0,):  # F16 is a half
         halves = mixed(normal(len(data)).half().view(torch.int16), HALVES)
         data[:, at : at + 2] = halves.view(torch.uint8).view(-1, 2)
     return Stored(format_, columns, data.view(rows, -1))
@@ -287,7 +290,7 @@ def test_the_first_bad_row_is_found(format_: str, bad: float, monkeypatch: pytes
 
     def with_value_at(part: str, row: int, place: int, dtype: torch.dtype) -> None:
         tensor = getattr(good, part).clone()
-        value = torch.tensor([bad]).to(dtype).view(tensor.dtype)
+        value = torch.tensor([bad]).to(dtype).view(tensor.dtype) if dtype.is_floating_point else torch.tensor([255])
         tensor.view(rows if part != "nested" else 1, -1)[row, place : place + len(value)] = value
         broken.append((replace(good, **{part: tensor}), row))
 
@@ -299,13 +302,24 @@ def test_the_first_bad_row_is_found(format_: str, bad: float, monkeypatch: pytes
             with_value_at("scales", row, place, torch.float32)
     else:
         block = BLOCK_TYPES[format_]
-        dtype = {"F32": torch.float32, "BF16": torch.bfloat16}.get(format_, torch.float16)
-        for row, at in product((0, 4, rows - 1), block.halves or (0,)):
+        dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "MXFP4": torch.uint8}
+        dtype = dtypes.get(format_, torch.float16)
+        for row, at in product((0, 4, rows - 1), block.halves or block.exponents or (0,)):
             for start in range(0, good.data.shape[1], block.bytes):
                 with_value_at("data", row, start + at, dtype)
     monkeypatch.setattr(ops, "PIECE", 3 * columns)
     assert ops.first_bad_row(good) is None
     assert [ops.first_bad_row(stored) for stored, _ in broken] == [row for _, row in broken]
+
+
+def test_which_exponents_of_mxfp4_are_bad() -> None:
+    """A block is bad if a value of it is infinite: that depends on its largest magnitude from exponent 253 on."""
+    for exponent, code in product(range(248, 256), range(16)):
+        data = torch.zeros(3, 2 * 17, dtype=torch.uint8)
+        data[1, 17], data[1, 20] = exponent, code << 4
+        stored = Stored("MXFP4", 64, at_odd_address(data))
+        infinite = [0, 0.5, 1, 1.5, 2, 3, 4, 6][code % 8] * 2.0 ** (exponent - 127) >= 2.0**128
+        assert ops.first_bad_row(stored) == (1 if infinite else None)
 
 
 @pytest.mark.parametrize("format_", ["F32", "Q4_K", DOUBLE, "INT8"])

@@ -11,9 +11,10 @@ from lorafit.kernels import BLOCK_TYPES
 from lorafit.kernels import unpack as module
 from lorafit.kernels.unpack import unpack
 
-PACKED = [block.name for block in BLOCK_TYPES.values() if block.halves]  # the others are floats
+PACKED = [block.name for block in BLOCK_TYPES.values() if block.elements > 1]  # the others are floats
 # Zeros of both signs, the smallest and largest subnormal, the smallest normal, one, the largest.
 SCALES = np.array([0x0000, 0x8000, 0x0001, 0x83FF, 0x0400, 0x3C00, 0x7BFF, 0xFBFF], "<u2")
+EXPONENTS = np.array([0, 1, 2, 3, 127, 251, 252], np.uint8)  # 2^-128 and 2^-127 are subnormal; 12 2^124 is finite
 
 
 def reference(data: np.ndarray, name: str) -> np.ndarray:
@@ -32,6 +33,8 @@ def random_rows(name: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray:
         odd = generator.random(len(data)) < 0.3
         halves[odd] = generator.choice(SCALES, int(odd.sum()))
         data[:, at : at + 2] = halves.view(np.uint8).reshape(-1, 2)
+    for at in block.exponents:
+        data[:, at] = generator.choice(np.append(EXPONENTS, np.arange(110, 140, dtype=np.uint8)), len(data))
     if name not in PACKED:
         floats = generator.standard_normal(len(data)).astype(np.float32).view("<u4")
         floats = {"F32": floats, "F16": floats.view("<f4").astype("<f2"), "BF16": (floats >> 16).astype("<u2")}[name]
@@ -57,7 +60,8 @@ def test_bits_equal_gguf_py(name: str, rows: int, blocks: int) -> None:
 
 @pytest.mark.parametrize("name", PACKED)
 def test_a_block_is_finite_if_its_scales_are(name: str) -> None:
-    """Whatever the other bytes, values are finite while `halves` are; a NaN in one of them is in every value."""
+    """Whatever the other bytes, values are finite while `halves` are and `exponents` are below 253; a NaN in one of the
+    first is in every value."""
     data = random_rows(name, 64, 2)
     assert unpack(torch.from_numpy(data), name).isfinite().all()
     for at in BLOCK_TYPES[name].halves:
@@ -75,7 +79,7 @@ def test_zero_blocks_are_zero(name: str) -> None:
     np.testing.assert_array_equal(bits(ours), bits(reference(data, name)))
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"])
 def test_quantised_weights_come_back(name: str) -> None:
     """What gguf-py quantises unpacks to its own values, which are near the weights."""
     weight = np.random.default_rng(1).standard_normal((5, 96)).astype(np.float32)
@@ -109,6 +113,23 @@ def test_every_16_bit_float_is_exact(name: str) -> None:
     patterns = patterns[((patterns & exponent) != exponent) | ((patterns & fraction) == 0)]
     data = patterns.view(np.uint8).reshape(2, -1)
     np.testing.assert_array_equal(bits(unpack(torch.from_numpy(data), name)), bits(reference(data, name)))
+
+
+def test_every_code_of_mxfp4_at_every_exponent() -> None:
+    """All 256 exponents with all 16 codes in either half of a byte: gguf-py's bits, infinities of 253 to 255 too; and
+    what they are: E2M1's eight magnitudes with a sign times 2^(e - 127)."""
+    nibbles = np.concatenate([np.arange(16), np.arange(16)[::-1] << 4]).astype(np.uint8)
+    data = np.empty((256, 2, 17), np.uint8)
+    data[:, :, 0], data[:, :, 1:] = np.arange(256)[:, None], nibbles.reshape(2, 16)
+    data = data.reshape(256, -1)
+    ours = unpack(torch.from_numpy(data), "MXFP4")
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(bits(ours), bits(reference(data, "MXFP4")))
+        magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        low = np.concatenate([magnitudes, -magnitudes]) * 2.0 ** (np.arange(256.0)[:, None] - 127)
+        zeros = np.zeros_like(low)
+        wanted = np.concatenate([low, zeros, zeros, low[:, ::-1]], 1).astype(np.float32)
+    np.testing.assert_array_equal(ours.numpy(), wanted)
 
 
 def test_sizes_are_those_of_ggml() -> None:

@@ -18,7 +18,9 @@ class BlockType:
     elements: int
     bytes: int
     halves: tuple[int, ...] = ()
-    """Where in a block its half-float scales begin, in bytes; every other byte may hold anything."""
+    """Where in a block its half-float scales begin, in bytes."""
+    exponents: tuple[int, ...] = ()
+    """Where its E8M0 scales lie, a byte of an exponent each. Every byte but halves and these may hold anything."""
 
 
 BLOCK_TYPES = {
@@ -39,5 +41,6 @@ BLOCK_TYPES = {
         BlockType("Q6_K", 14, 256, 210, halves=(208,)),
         BlockType("IQ4_NL", 20, 32, 18, halves=(0,)),
         BlockType("IQ4_XS", 23, 256, 136, halves=(0,)),
+        BlockType("MXFP4", 39, 32, 17, exponents=(0,)),
     )
 }

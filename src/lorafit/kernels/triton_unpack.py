@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorafit.kernels import BLOCK_TYPES
-from lorafit.kernels.unpack import IQ4_VALUES
+from lorafit.kernels.unpack import IQ4_VALUES, MXFP4_VALUES
 
 TILE = 1024  # neighbouring weights of a row in one program
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -28,6 +28,7 @@ def _packed(values: list[int]) -> int:
 
 
 IQ4_LOW, IQ4_HIGH = (tl.constexpr(_packed(half.int().tolist())) for half in IQ4_VALUES.split(8))
+MXFP4_LOW, MXFP4_HIGH = (tl.constexpr(_packed(half.int().tolist())) for half in MXFP4_VALUES.split(8))
 
 
 @triton.jit(do_not_specialize=["start", "rows"])
@@ -78,9 +79,9 @@ def _half(at):
 
 
 @triton.jit
-def _iq4(code):
-    """IQ4_VALUES[code]."""
-    low, high = tl.full(code.shape, IQ4_LOW, tl.uint64), tl.full(code.shape, IQ4_HIGH, tl.uint64)
+def _looked_up(code, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The signed byte of this number among sixteen."""
+    low, high = tl.full(code.shape, LOW, tl.uint64), tl.full(code.shape, HIGH, tl.uint64)
     eight = tl.where(code < 8, low, high) >> ((code & 7) * 8).to(tl.uint64)
     return eight.to(tl.int8).to(tl.float32)
 
@@ -181,7 +182,7 @@ def _q6_k(block, e):
 
 @triton.jit
 def _iq4_nl(block, e):
-    return _iq4(_bits(block + 2 + e % 16, e // 16 * 4, 4)) * _half(block)
+    return _looked_up(_bits(block + 2 + e % 16, e // 16 * 4, 4), IQ4_LOW, IQ4_HIGH) * _half(block)
 
 
 @triton.jit
@@ -189,7 +190,15 @@ def _iq4_xs(block, e):
     code = _bits(block + 8 + e // 32 * 16 + e % 16, e // 16 % 2 * 4, 4)
     sub = e // 32
     scale = _bits(block + 4 + sub // 2, sub % 2 * 4, 4) | _bits(block + 2 + sub // 4, sub % 4 * 2, 2) << 4
-    return _iq4(code) * (_half(block) * (scale - 32).to(tl.float32))
+    return _looked_up(code, IQ4_LOW, IQ4_HIGH) * (_half(block) * (scale - 32).to(tl.float32))
+
+
+@triton.jit
+def _mxfp4(block, e):
+    exponent = _byte(block)
+    bits = tl.where(exponent < 2, 0x00200000 << tl.minimum(exponent, 1), exponent - 1 << 23)
+    code = _bits(block + 1 + e % 16, e // 16 * 4, 4)
+    return _looked_up(code, MXFP4_LOW, MXFP4_HIGH) * bits.to(tl.float32, bitcast=True)
 
 
 FORMATS = {

@@ -1,8 +1,9 @@
 """Packed blocks to fp32 in plain torch: the slow, obvious twin of every native kernel.
 
-Each function takes blocks (n, bytes) and writes their values into out (n, elements): integer codes first (IQ4 looks
-them up), then one multiplication by the scale, then one addition, in that order and never fused, so that the bits are
-those of ggml's own reference. Layouts: ggml's `block_q4_0` and its kin; d, m and dmin are half floats, little endian.
+Each function takes blocks (n, bytes) and writes their values into out (n, elements): integer codes first (IQ4 and
+MXFP4 look them up), then one multiplication by the scale, then one addition, in that order and never fused, so that the
+bits are those of ggml's own reference. Layouts: ggml's `block_q4_0` and its kin; d, m and dmin are half floats, little
+endian. MXFP4's values are those of the Open Compute Project's Microscaling Formats (MX) 1.0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from lorafit.kernels import BLOCK_TYPES
 
 CHUNK = 1 << 18  # weights at a time: 1 MB of fp32 stays in the cache between the passes
 IQ4_VALUES = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])  # by code
+MXFP4_VALUES = torch.tensor([0.0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # E2M1's, twice
 
 
 def unpack(data: Tensor, type_name: str) -> Tensor:
@@ -160,6 +162,14 @@ def _iq4_xs(blocks: Tensor, out: Tensor) -> None:
     subs.copy_(IQ4_VALUES[subs.int()]).mul_((_half(blocks, 0) * scale)[:, :, None])
 
 
+def _mxfp4(blocks: Tensor, out: Tensor) -> None:
+    """An exponent e, 16 bytes of nibbles: 2^(e - 128) v, v = MXFP4_VALUES[q]. As ggml reads it, 255 is no NaN."""
+    _nibbles(blocks[:, 1:], out)
+    exponent = blocks[:, :1].int()
+    bits = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), exponent - 1 << 23)
+    out.copy_(MXFP4_VALUES[out.int()]).mul_(bits.view(torch.float32))
+
+
 _UNPACKERS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "F32": _f32,
     "F16": _f16,
@@ -176,4 +186,5 @@ _UNPACKERS: dict[str, Callable[[Tensor, Tensor], None]] = {
     "Q6_K": _q6_k,
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
 }
